@@ -1,0 +1,72 @@
+"""Configuration that every method shares: frozen dataclasses, no torch at import.
+
+A method's own config nests these: `backbone`, `input`, `schedule`. Variants are made with
+`dataclasses.replace`; a run stores `asdict(config)` and weights carry it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d"]
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # torchvision's, RGB, 0..255
+IMAGENET_STD = (58.395, 57.12, 57.375)
+CAFFE_MEAN = (102.9801, 115.9465, 122.7717)  # MSRA/caffe weights, BGR, 0..255; their std is 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which trunk, and what of it learns."""
+
+    name: BackboneName = "resnet50"
+    stride_in_1x1: bool = False  # True: caffe/MSRA weights; False: torchvision's, stride in the 3x3
+    norm: Literal["frozen", "frozen_stats", "train"] = "frozen"  # BN: nothing / affine only / everything learns
+    frozen_stages: int = 2  # how many of (stem, layer1, .., layer4) get no gradient; 0 = none
+    deformable_stages: tuple[int, ...] = ()  # layers whose 3x3 convs are deformable, from {1, 2, 3, 4}
+    deformable_interval: int = 1  # every n-th block of such a layer, starting with block 0
+    modulated: bool = False  # True: DCNv2's modulation mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """From an image file's pixels to the network's input. Sizes in pixels."""
+
+    resize: Literal["keep_ratio", "fixed"] = "keep_ratio"
+    test_size: tuple[int, int] = (800, 1333)  # keep_ratio: (short side, longest long side); fixed: (height, width)
+    train_sizes: tuple[tuple[int, int], ...] = ((800, 1333),)  # one is drawn per image
+    train_draw: Literal["choice", "range"] = "choice"  # range: each number uniform between the first and last entry
+    antialias: bool = False  # False: OpenCV's and mmcv's bilinear; True: Pillow's
+    pad_multiple: int = 32  # right and bottom, zeros after normalisation
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # in channel order, 0..255
+    std: tuple[float, float, float] = IMAGENET_STD
+    augmentation: Literal["none", "flip", "ssd"] = "flip"  # training only; ssd: photometric, expand, IoU crop, flip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Optimiser and learning-rate schedule. One step = one optimiser update over `batch_size` images."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9  # sgd
+    betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
+    eps: float = 1e-8  # adam, adamw
+    weight_decay: float = 1e-4
+    batch_size: int = 16  # images per step over all processes and accumulation
+    length: int = 12
+    unit: Literal["epochs", "steps"] = "epochs"  # of length and milestones
+    policy: Literal["step", "onecycle", "cosine", "constant", "plateau"] = "step"
+    milestones: tuple[int, ...] = (8, 11)  # lr x gamma after each
+    gamma: float = 0.1
+    warmup: Literal["none", "constant", "linear"] = "none"
+    warmup_steps: int = 500
+    warmup_factor: float = 1 / 3  # lr factor at step 0 (constant: until warmup_steps)
+    bias_lr_factor: float = 1.0  # biases of non-norm layers
+    bias_decay: bool = True  # False: no weight decay on biases of non-norm layers
+    norm_decay: bool = True  # False: no weight decay on norm weights and biases
+    bias_rule_also: tuple[str, ...] = ()  # norm parameters by full name that follow the bias rule all the same
+    clip_norm: float | None = None  # global L2 norm of all gradients
+    ema: float | None = None  # decay of the exponential moving average of weights
+    min_size: int = 0  # training drops images with a shorter side below this, px
+    drop_empty: bool = False  # training drops images without annotations

@@ -1,0 +1,41 @@
+"""`Method`: the value with which a paper's package hands itself to the core's engine and command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A paper package as the core sees it. Nothing in it imports torch until it is called.
+
+    Args:
+        name: Import name of the package and of its command.
+        title: One line for help texts and pages.
+        config_type: The frozen config dataclass; has `num_classes`, `backbone`, `input`, `schedule`, `inference`.
+        variants: Name to config; the names are what `--variant` takes.
+        default_variant: What train and eval use when none is named.
+        small_variant: A variant that trains on a laptop; `--small` and the documentation use it.
+        demo_variant: What `demo` trains.
+        build: Config to model. Parameters are initialised by the recipe, no weights are loaded.
+        convert: (official state dict, config) to (our state dict, notes); accounts for every tensor or raises
+            WeightsError.
+        infer_config: Official state dict to the config that fits it; raises WeightsError if none does.
+    """
+
+    name: str
+    title: str
+    config_type: type
+    variants: Mapping[str, Any]
+    default_variant: str
+    small_variant: str
+    demo_variant: str
+    build: Callable[[Any], nn.Module]
+    convert: Callable[[dict[str, Tensor], Any], tuple[dict[str, Tensor], list[str]]]
+    infer_config: Callable[[dict[str, Tensor]], Any]
+    extra_verbs: Mapping[str, Callable[[list[str]], int]] = field(default_factory=dict)
