@@ -1,0 +1,145 @@
+"""From images of any size to one normalised batch, and the frames that lead back.
+
+Resizing rules are the recipes' (spec sections on input); augmentation happened before, on the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tvf
+
+from onestage.config import InputConfig
+from onestage.errors import UsageError
+from onestage.structures import ImageFrame, Target
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images as the network sees them.
+
+    Args:
+        pixels: [B, 3, H, W] float32, normalised, zero where padded.
+        frames: One per image.
+        targets: One per image in *input* pixels, masks padded to [G, H, W]; None at inference.
+    """
+
+    pixels: Tensor
+    frames: list[ImageFrame]
+    targets: list[Target] | None
+
+
+def prepare_batch(
+    images: Sequence[Tensor],
+    targets: Sequence[Target] | None,
+    config: InputConfig,
+    *,
+    training: bool,
+    legacy_boxes: bool = False,
+) -> Batch:
+    """Resizes, normalises and pads images, and moves their targets along.
+
+    Args:
+        images: B tensors [3, h, w] RGB, uint8 or float in 0..1, sizes may differ.
+        targets: One per image in image pixels, or None.
+        config: Sizes, colours, padding.
+        training: Draws one of `config.train_sizes` per image; otherwise `config.test_size`.
+        legacy_boxes: Target boxes become inclusive (x2 - 1, y2 - 1) before scaling and are clipped to the last pixel,
+            as in code whose widths are x2 - x1 + 1.
+
+    Raises:
+        UsageError: an image is not [3, h, w] uint8 or float.
+    """
+    resized, frames = [], []
+    for image in images:
+        _check_image(image)
+        frame = plan_resize(tuple(image.shape[-2:]), _draw_size(config) if training else config.test_size, config)
+        resized.append(_normalise(_resize(image, frame.input_size, config.antialias), config))
+        frames.append(frame)
+    multiple = config.pad_multiple
+    height = max(-(-frame.input_size[0] // multiple) * multiple for frame in frames)
+    width = max(-(-frame.input_size[1] // multiple) * multiple for frame in frames)
+    pixels = resized[0].new_zeros(len(resized), 3, height, width)
+    for canvas, image in zip(pixels, resized, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+    frames = [replace(frame, padded_size=(height, width)) for frame in frames]
+    moved = None
+    if targets is not None:
+        moved = [
+            move_target(target.to(pixels.device), frame, legacy_boxes)
+            for target, frame in zip(targets, frames, strict=True)
+        ]
+    return Batch(pixels, frames, moved)
+
+
+def plan_resize(image_size: tuple[int, int], size: tuple[int, int], config: InputConfig) -> ImageFrame:
+    """The frame of an image of `image_size` (height, width) under a size of the config, padding not yet known."""
+    if config.resize == "fixed":
+        scale = (size[0] / image_size[0], size[1] / image_size[1])
+        return ImageFrame(image_size, size, size, scale)
+    short, long = min(size), max(size)
+    factor = min(long / max(image_size), short / min(image_size))
+    input_size = (max(1, int(image_size[0] * factor + 0.5)), max(1, int(image_size[1] * factor + 0.5)))
+    return ImageFrame(image_size, input_size, input_size, (factor, factor))
+
+
+def move_target(target: Target, frame: ImageFrame, legacy_boxes: bool = False) -> Target:
+    """A target of the image frame in the input frame; masks by nearest neighbour, zero-padded to the canvas."""
+    vertical, horizontal = frame.scale
+    scale = target.boxes.new_tensor([horizontal, vertical, horizontal, vertical])
+    inclusive = 1.0 if legacy_boxes else 0.0
+    boxes = (target.boxes - target.boxes.new_tensor([0.0, 0.0, inclusive, inclusive])) * scale
+    height, width = frame.input_size
+    limit = boxes.new_tensor([width, height, width, height]) - inclusive
+    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    masks = target.masks
+    if masks.shape[-2:] != frame.input_size:
+        masks = tvf.resize_mask(masks, list(frame.input_size))
+    right, bottom = frame.padded_size[1] - width, frame.padded_size[0] - height
+    polygons = target.polygons
+    if polygons is not None:
+        polygons = tuple(
+            None
+            if parts is None
+            else tuple(
+                tuple(value * (vertical if i % 2 else horizontal) for i, value in enumerate(part)) for part in parts
+            )
+            for parts in polygons
+        )
+    return replace(target, boxes=boxes, masks=F.pad(masks, (0, right, 0, bottom)), polygons=polygons)
+
+
+def _check_image(image: Tensor) -> None:
+    if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise UsageError(
+            f"image is {tuple(image.shape)} {image.dtype}", "give [3, height, width] RGB, uint8 or float in 0..1"
+        )
+
+
+def _draw_size(config: InputConfig) -> tuple[int, int]:
+    first, last = config.train_sizes[0], config.train_sizes[-1]
+    if config.train_draw == "choice":
+        return config.train_sizes[int(torch.randint(len(config.train_sizes), ()))]
+    return (
+        int(torch.randint(min(first[0], last[0]), max(first[0], last[0]) + 1, ())),
+        int(torch.randint(min(first[1], last[1]), max(first[1], last[1]) + 1, ())),
+    )
+
+
+def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return tvf.resize_image(image, list(size), antialias=antialias)
+
+
+def _normalise(image: Tensor, config: InputConfig) -> Tensor:
+    pixels = image.float() if image.dtype == torch.uint8 else image.float() * 255.0
+    if config.channel_order == "bgr":
+        pixels = pixels.flip(0)
+    mean = pixels.new_tensor(config.mean)[:, None, None]
+    std = pixels.new_tensor(config.std)[:, None, None]
+    return (pixels - mean) / std
