@@ -1,0 +1,93 @@
+"""What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, a device."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> "Golden":
+    """Reads golden data: `golden("sipmask_smp")` is the content of `sipmask_smp.pt` (or `.json`).
+
+    One folder serves a run: `ONESTAGE_GOLDEN` if it is set, else `../shared/golden`, else the `tests/golden` of the
+    package that asks. A file that this folder does not have skips the test; no other folder is tried.
+    """
+    return Golden(_golden_folder(request.path))
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder `../shared` beside the repository, with its small data sets; the test is skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    return SHARED
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU if there is one and kernels are compiled, else the CPU, where they run in Triton's interpreter."""
+    compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
+    return torch.device("cuda" if compiled else "cpu")
+
+
+class Golden:
+    """The golden files of one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, name: str) -> Any:
+        """The content of `name`, a file with or without its ending; read anew, so a test may change it."""
+        path = self.path(name)
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def path(self, name: str) -> Path:
+        """Where `name` lies; skips the test if it lies nowhere."""
+        for candidate in (name, f"{name}.pt", f"{name}.json"):
+            if (self.folder / candidate).is_file():
+                return self.folder / candidate
+        pytest.skip(f"golden data {name!r} is not in {self.folder}")
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory() -> None:
+    """`torch.empty` gives NaN, so that a result with an unwritten element differs from every expectation.
+
+    Set before each test because a test of deterministic training may have changed it.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device"
+    if "COCO_ROOT" not in os.environ:
+        missing["data"] = "needs COCO: COCO_ROOT is not set"
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _golden_folder(test_file: Path) -> Path:
+    named = os.environ.get("ONESTAGE_GOLDEN")
+    if named:
+        return Path(named)
+    if (SHARED / "golden").is_dir():
+        return SHARED / "golden"
+    package = ROOT / test_file.relative_to(ROOT).parts[0]
+    return package / "tests" / "golden"
