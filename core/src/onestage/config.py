@@ -1,11 +1,18 @@
 """Configuration that every method shares: frozen dataclasses, no torch at import.
 
 A method's own config nests these: `backbone`, `input`, `schedule`. Variants are made with
-`dataclasses.replace`; a run stores `asdict(config)` and weights carry it.
+`dataclasses.replace`; a run stores `asdict(config)` and weights carry it; `config_from_dict` reads it back.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from onestage.errors import UsageError
+
+Config = TypeVar("Config")
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d"]
 
@@ -70,3 +77,50 @@ class ScheduleConfig:
     ema: float | None = None  # decay of the exponential moving average of weights
     min_size: int = 0  # training drops images with a shorter side below this, px
     drop_empty: bool = False  # training drops images without annotations
+
+
+def config_from_dict(config_type: type[Config], values: Mapping[str, Any], where: str = "config") -> Config:
+    """A frozen config from `asdict` of one, or from its JSON, where tuples have become lists.
+
+    Args:
+        config_type: The dataclass to build; nested dataclasses are built the same way.
+        values: Field names to values. A field that is absent keeps its default.
+        where: What the values are called in an error: a file, or a key in it.
+
+    Raises:
+        UsageError: an unknown key, or a value that does not fit its field.
+    """
+    hints = get_type_hints(config_type)
+    names = [f.name for f in fields(config_type)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            near = get_close_matches(key, names, n=1)
+            raise UsageError(
+                f"{where}: unknown key {key!r}" + (f"; nearest: {near[0]!r}" if near else ""),
+                f"use one of: {', '.join(names)}",
+            )
+    return config_type(**{key: _fit(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _fit(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return config_from_dict(hint, value, where)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list | tuple):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_fit(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if len(arguments) == len(value):
+            return tuple(_fit(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return _fit(inner, value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    expected = " | ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise UsageError(f"{where} is {value!r}; expected {expected}", "correct the value or leave the key out")
