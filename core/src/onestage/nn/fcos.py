@@ -1,0 +1,146 @@
+"""What detectors without anchors share (FCOS, Tian et al. 2019): locations, assignment, centre-ness, box decoding.
+
+Locations of all levels are one flat list, level by level, row by row. P: locations of all levels, G: ground truths.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from onestage import boxes as box_ops
+
+STRIDES = (8, 16, 32, 64, 128)  # P3..P7
+
+# Of the largest of the four distances, pixels, both ends inclusive, P3..P7.
+LEVEL_RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
+
+# (candidates [P, G] bool, ltrb [P, G, 4], area [G]) -> [P] int64 ground truth; what it says without candidates is
+# ignored.
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def locations(
+    sizes: Sequence[tuple[int, int]], strides: Sequence[int] = STRIDES, device: torch.device | None = None
+) -> Tensor:
+    """The places that cells stand for.
+
+    Args:
+        sizes: (h, w) of each level.
+        strides: Input pixels per cell of each level.
+        device: Where the result lives.
+
+    Returns:
+        [P, 2] float32 (x, y), input pixels: cell (i, j) lies at (j * s + s // 2, i * s + s // 2).
+    """
+    points = []
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        y = torch.arange(height, dtype=torch.float32, device=device) * stride + stride // 2
+        x = torch.arange(width, dtype=torch.float32, device=device) * stride + stride // 2
+        points.append(torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=1))
+    return torch.cat(points)
+
+
+def per_location(
+    sizes: Sequence[tuple[int, int]],
+    values: Sequence[float] | Sequence[tuple[float, float]],
+    device: torch.device | None = None,
+) -> Tensor:
+    """One value of each level (a stride, a range, an index) for each of its locations: [P] or [P, n] float32."""
+    counts = torch.tensor([height * width for height, width in sizes], device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device).repeat_interleave(counts, dim=0)
+
+
+def assign(
+    points: Tensor,
+    strides: Tensor,
+    ranges: Tensor,
+    boxes: Tensor,
+    *,
+    radius: float | None = 1.5,
+    legacy: bool = False,
+    choose: Choose | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which ground truth each location answers for.
+
+    A location is a candidate for a box if it lies strictly inside it (and inside its centre region) and the largest
+    of its four distances to the sides is in the location's range. Of several, the smallest box wins.
+
+    Args:
+        points: [P, 2] (x, y), input pixels.
+        strides: [P] input pixels per cell of the location's level.
+        ranges: [P, 2] smallest and largest distance the location's level answers for, pixels, inclusive.
+        boxes: [G, 4] xyxy, input pixels; G = 0 is legal.
+        radius: Half side of the square centre region in strides; None: the whole box.
+        legacy: Areas are (w + 1)(h + 1).
+        choose: Decides between candidates; `smallest_area` if None.
+
+    Returns:
+        index: [P] int64, 0..G-1, -1 for background.
+        ltrb: [P, 4] distances to the left, top, right, bottom side of the assigned box, pixels; 0 for background.
+    """
+    if len(boxes) == 0:
+        return points.new_full((len(points),), -1, dtype=torch.int64), points.new_zeros(len(points), 4)
+    ltrb = torch.cat((points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None]), dim=2)  # [P, G, 4]
+    farthest = ltrb.amax(dim=2)
+    candidates = (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
+    candidates &= ltrb.amin(dim=2) > 0
+    if radius is not None:
+        candidates &= _in_center(points, strides, boxes, radius)
+    winner = (choose or smallest_area)(candidates, ltrb, box_ops.area(boxes, legacy))
+    assigned = candidates.any(dim=1)
+    index = torch.where(assigned, winner, -1)
+    own = ltrb[torch.arange(len(points), device=points.device), winner]
+    return index, torch.where(assigned[:, None], own, 0.0)
+
+
+def smallest_area(candidates: Tensor, ltrb: Tensor, area: Tensor) -> Tensor:
+    """Of each location's candidates the one of smallest area, of equals the first: [P] int64."""
+    return torch.where(candidates, area[None], torch.inf).argmin(dim=1)
+
+
+def centerness_target(ltrb: Tensor) -> Tensor:
+    """How central a location is in its box: 1 in the middle, towards 0 at the sides.
+
+    Args:
+        ltrb: [..., 4] distances > 0, any unit.
+
+    Returns:
+        [...] sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)); 0 for locations outside.
+    """
+    low = torch.minimum(ltrb[..., :2], ltrb[..., 2:]).clamp(min=0)
+    high = torch.maximum(ltrb[..., :2], ltrb[..., 2:])
+    ratio = torch.where(low > 0, low / high, 0.0)
+    return ratio.prod(dim=-1).sqrt()
+
+
+def decode_ltrb(points: Tensor, ltrb: Tensor) -> Tensor:
+    """Boxes from locations [..., 2] (x, y) and distances [..., 4] of the same unit: [..., 4] xyxy, not clipped."""
+    return torch.cat((points - ltrb[..., :2], points + ltrb[..., 2:]), dim=-1)
+
+
+def top_per_level(scores: Sequence[Tensor], k: int) -> Tensor:
+    """The best k entries of each level.
+
+    Args:
+        scores: One [n_l] tensor per level.
+        k: Levels of at most k entries are kept whole, in their order; of others the best, best first.
+
+    Returns:
+        [M] int64 index into the concatenated levels, level by level.
+    """
+    kept, start = [], 0
+    for level in scores:
+        index = level.topk(k).indices if len(level) > k else torch.arange(len(level), device=level.device)
+        kept.append(index + start)
+        start += len(level)
+    return torch.cat(kept)
+
+
+def _in_center(points: Tensor, strides: Tensor, boxes: Tensor, radius: float) -> Tensor:
+    """[P, G] bool: strictly within `radius` strides of the box centre, on both axes."""
+    center = ((boxes[:, :2] + boxes[:, 2:]) / 2)[None]
+    reach = (radius * strides)[:, None, None]
+    # Corners first, as the released codes do: rounding then agrees where a location lies on the region's border.
+    low, high = center - reach, center + reach  # [P, G, 2]
+    return ((points[:, None] > low) & (points[:, None] < high)).all(dim=2)
