@@ -1,0 +1,119 @@
+"""Sessions of the repository: `python -m nox -s tests`. They work on the packages they find; none is listed here.
+
+After `--` come package names, then arguments for the tool that the session runs:
+`nox -s tests -- sipmask -k decode`, `nox -s tests -- -m golden`, `nox -s demo -- sipmask --steps 100`.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CORE = "core"
+PAPERS = sorted(path.parent.name for path in ROOT.glob("*/pyproject.toml") if path.parent.name != CORE)
+PACKAGES = [CORE, *PAPERS]
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests"]
+os.environ.setdefault("UV_PYTHON_DOWNLOADS", "never")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests of all packages, or of those named, in two processes."""
+    install_development(session)
+    packages, arguments = split_arguments(session)
+    if not any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in arguments):
+        arguments = ["--numprocesses=2", "--dist=worksteal", *arguments]
+    folders = [f"{package}/tests" for package in packages]
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "1")}
+    session.run("python", "-m", "pytest", *folders, *arguments, env=environment)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Run the hooks of .pre-commit-config.yaml over every file: ruff's rules and format, and what is banned."""
+    install_once(session, *dependency_group("lint"))
+    _, arguments = split_arguments(session)
+    session.run("pre-commit", "run", "--all-files", "--show-diff-on-failure", *arguments)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Run mypy over the sources of all packages, or of those named."""
+    install_development(session)
+    packages, arguments = split_arguments(session)
+    sources = [f"{package}/src" for package in packages or PACKAGES]
+    session.run("python", "-m", "mypy", *sources, *arguments)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train the demo of each paper on generated shapes on the CPU and write its page."""
+    install_development(session)
+    packages, arguments = split_arguments(session)
+    for package in packages or PAPERS:
+        session.run("python", "-m", f"{package}.demo", *arguments)
+
+
+@nox.session
+def install(session: nox.Session) -> None:
+    """Install each package into fresh environments in every way users do, and run it from several folders."""
+    install_development(session)
+    packages, arguments = split_arguments(session)
+    session.run(
+        *("python", "-m", "pytest", "tests/test_install.py", *arguments),
+        env={"ONESTAGE_TEST_INSTALL": " ".join(packages or PACKAGES)},
+    )
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build release wheels into dist/: they ask for the core by version and hold no path of this machine."""
+    install_once(session, "build", "hatchling")
+    packages, arguments = split_arguments(session)
+    version = nox.project.load_toml(ROOT / CORE / "pyproject.toml")["project"]["version"]
+    for package in packages or PACKAGES:
+        session.run(
+            *("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", *arguments, package),
+            env={"ONESTAGE_CORE": f"onestage-core=={version}"},
+        )
+
+
+def split_arguments(session: nox.Session) -> tuple[list[str], list[str]]:
+    """The package names that stand first after `--`, and the other arguments."""
+    arguments = list(session.posargs)
+    packages = []
+    while arguments and arguments[0] in PACKAGES:
+        packages.append(arguments.pop(0))
+    return packages, arguments
+
+
+def install_development(session: nox.Session) -> None:
+    """All packages, editable, with the tools that test them, in the versions of constraints.txt."""
+    editable = [argument for package in PACKAGES for argument in ("--editable", f"./{package}")]
+    tools = [*dependency_group("test"), *dependency_group("types")]
+    # The papers' core requirement by name only, so that it is the editable core of this very call.
+    install_once(session, *editable, *tools, "--constraint", "constraints.txt", env={"ONESTAGE_CORE": "onestage-core"})
+
+
+def install_once(session: nox.Session, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Installs what `arguments` say, unless this environment has it already: a second start takes seconds."""
+    files = [ROOT / "constraints.txt", *(ROOT / package / "pyproject.toml" for package in PACKAGES)]
+    content = "\n".join([*arguments, *(file.read_text(encoding="utf-8") for file in files)])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    stamp = Path(session.virtualenv.location) / "installed.sha256"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint:
+        session.log("The environment is up to date.")
+        return
+    session.install(*arguments, env=env)
+    stamp.write_text(fingerprint, encoding="utf-8")
+
+
+def dependency_group(name: str) -> list[str]:
+    """The requirements of a group of the root's pyproject.toml."""
+    return list(nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), name))
