@@ -1,0 +1,518 @@
+"""Reading and writing weights and training checkpoints; the only module that may unpickle.
+
+Our weights are safetensors with a `WeightsInfo` in their metadata. A training checkpoint is a `torch.save` of plain
+types. Foreign files (torch pickles, detectron-style numpy pickles) come in through allow-lists: reading a file never
+runs code from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from onestage.errors import MachineError, WeightsError, some
+
+CHECKPOINT_FORMAT = "onestage-training-1"
+METADATA_KEY = "onestage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """What weights are: enough to rebuild their model and to say where they come from.
+
+    Args:
+        package: Import name of the paper package.
+        variant: Name of the variant, "" for a config of one's own.
+        config: `asdict` of the model's config.
+        categories: (id, name) of each label 0..K-1, as in the data set.
+        metrics: Name to number, with `source` saying who measured.
+        recipe: How they were trained, one line.
+        source: File or data set they come from.
+        source_sha256: Hash of the file they were converted from, "" where there is none.
+        licence: Licence of the weights, "" if unknown.
+        steps: Optimiser steps they have seen.
+    """
+
+    package: str
+    variant: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    categories: tuple[tuple[int, str], ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    recipe: str = ""
+    source: str = ""
+    source_sha256: str = ""
+    licence: str = ""
+    steps: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> WeightsInfo:
+        values = json.loads(text)
+        known = {entry.name for entry in fields(WeightsInfo)}
+        values = {key: value for key, value in values.items() if key in known}
+        values["categories"] = tuple((int(number), str(name)) for number, name in values.get("categories", ()))
+        return WeightsInfo(**values)
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> None:
+    """Writes safetensors with `info` in the metadata; an older file of that name stays until the new one is whole."""
+    alone = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    write_atomically(path, safetensors.torch.save(alone, {"format": "pt", METADATA_KEY: info.to_json()}))
+
+
+def load_weights(path: str | Path, *, package: str | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """Reads our weights, or the weights inside one of our training checkpoints (the averaged ones where it has them).
+
+    Args:
+        path: A .safetensors file that `save_weights` wrote, or a last.ckpt.
+        package: Refuse weights of other packages than this one; also completes the commands in error texts.
+
+    Raises:
+        WeightsError: no such file, damaged, or not ours (a foreign checkpoint has to be converted first).
+    """
+    path = Path(path)
+    kind = _sniff(path, package)
+    if kind == "safetensors":
+        state, metadata = _read_safetensors(path)
+        if METADATA_KEY not in metadata:
+            raise _foreign(path, package)
+        info = WeightsInfo.from_json(metadata[METADATA_KEY])
+    else:
+        content = _read_content(path, kind)
+        if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+            raise _foreign(path, package)
+        state, info = content["ema"] or content["model"], WeightsInfo.from_json(content["info"])
+    if package is not None and info.package != package:
+        raise WeightsError(
+            f"weights '{path}' belong to {info.package}, not to {package}",
+            f"use them with {info.package}, or give weights that {package} trained or converted",
+        )
+    return state, info
+
+
+def read_state_dict(path: str | Path, *, package: str | None = None) -> dict[str, Tensor]:
+    """Reads the tensors of any weights file: safetensors, .pth/.pt, or a detectron-style .pkl of numpy arrays.
+
+    Wrappers (`state_dict`, `model`, `blobs`) and a `module.` prefix that all names share are taken off; entries that
+    are not tensors are left out.
+
+    Args:
+        path: The file.
+        package: Completes the commands in error texts.
+
+    Raises:
+        WeightsError: no such file, damaged, not a weights file, or one that needs code to be read.
+    """
+    path = Path(path)
+    kind = _sniff(path, package)
+    content = _read_safetensors(path)[0] if kind == "safetensors" else _read_content(path, kind)
+    for _ in range(2):  # {"model": {"state_dict": ...}} exists
+        for wrapper in ("state_dict", "model", "blobs"):
+            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+                content = content[wrapper]
+    state = {str(name): _as_tensor(value) for name, value in content.items()} if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in state.items() if value is not None}
+    if not tensors:
+        raise WeightsError(f"weights '{path}' hold no tensors", "give a file with a state dict")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    info: WeightsInfo,
+    *,
+    head: Literal["match", "reinit"] = "match",
+    categories: Sequence[tuple[int, str]] | None = None,
+    dataset: str = "",
+) -> list[str]:
+    """Copies weights into `model`, every tensor accounted for.
+
+    Args:
+        model: Built and initialised for the data set's number of classes.
+        state: Tensors of the weights.
+        info: Their info.
+        head: "match" wants the same categories; "reinit" lets the layers that depend on the categories start anew.
+        categories: (id, name) of the data set the model is for; None: whatever the weights know.
+        dataset: Its name in error texts.
+
+    Returns:
+        Names of the tensors that kept their initial values; empty with head "match".
+
+    Raises:
+        WeightsError: other categories, or tensors that do not fit.
+    """
+    own = model.state_dict()
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or surplus:
+        parts = [f"lack {some(missing)}"] if missing else []
+        parts += [f"hold {some(surplus)}, which it does not have"] if surplus else []
+        raise WeightsError(
+            f"weights do not fit the model: they {' and '.join(parts)}",
+            f"use the variant they were made with ({info.variant or 'see their info'})",
+        )
+    names = None if categories is None else [name for _, name in categories]
+    renamed = bool(names and info.categories) and names != [name for _, name in info.categories]
+    if renamed and head == "match":
+        raise _other_categories(info, names or [], dataset)
+    restarted = [name for name, tensor in own.items() if tensor.shape != state[name].shape]
+    if restarted and head == "match":
+        name = restarted[0]
+        raise WeightsError(
+            f"weights do not fit the model: {name} is {list(state[name].shape)}, the model's {list(own[name].shape)}",
+            f"use the variant they were made with ({info.variant or 'see their info'})",
+        )
+    misfits = [name for name in restarted if name.startswith("backbone.")]
+    if misfits:
+        raise WeightsError(
+            f"weights have another backbone: {some(misfits)} differ in shape",
+            f"use the variant they were made with ({info.variant or 'see their info'})",
+        )
+    if renamed and not restarted:  # as many categories, but others: shapes do not tell which layers know them
+        restarted = [
+            name
+            for name, tensor in own.items()
+            if not name.startswith("backbone.") and tensor.ndim > 0 and tensor.shape[0] == len(info.categories)
+        ]
+    model.load_state_dict({name: own[name] if name in restarted else state[name] for name in own}, strict=True)
+    return restarted
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes training state atomically; the previous file stays until the new one has been read back.
+
+    Args:
+        path: Usually `last.ckpt`.
+        state: Nested dict, list, tuple of str, int, float, bool, None and Tensor, nothing else: safe loading refuses
+            the rest.
+
+    Raises:
+        MachineError: no space.
+    """
+    _check_plain(state, "checkpoint")
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads training state that `save_checkpoint` wrote; tensors arrive on the CPU."""
+    path = Path(path)
+    kind = _sniff(path, None)
+    content = None if kind == "safetensors" else _read_content(path, kind)
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise WeightsError(
+            f"'{path}' is not a training checkpoint of this program, so there is nothing to resume",
+            "give --resume the last.ckpt of a run; plain weights go to --weights",
+        )
+    return content
+
+
+def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
+    """Writes under a temporary name, syncs, reads back, renames.
+
+    Raises:
+        MachineError: not enough space, the file cannot be written, or it reads back differently.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < len(data):
+            raise _no_space(path, len(data), free)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with open(temporary, "rb") as file:
+            _compare(file, data, path)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _no_space(path, len(data), shutil.disk_usage(path.parent).free) from error
+        raise MachineError(f"cannot write '{path}': {error.strerror}", "give a folder you may write to") from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sniff(path: Path, package: str | None) -> Literal["safetensors", "torch", "pickle"]:
+    """What the first bytes say the file is."""
+    if not path.exists():
+        raise WeightsError(f"weights '{path}' do not exist", f"check the path{_beside(path)}")
+    if path.is_dir():
+        raise WeightsError(f"weights '{path}' are a folder", f"name the file in it{_beside(path / 'x')}")
+    convert = f", then: python -m {package}.convert --from {path} --to {path.stem}.safetensors" if package else ""
+    again = f"download the file itself{convert}"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if size == 0:
+        raise WeightsError(f"weights '{path}' are empty (0 bytes; a broken download or a full disk?)", again)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--")):
+        raise WeightsError(
+            f"weights '{path}' is an HTML page, not a checkpoint (a login or quota page saved by a browser or wget?)",
+            again,
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"weights '{path}' is a git-lfs pointer, not the file it stands for", "run: git lfs pull")
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):  # its directory stands at the end
+            raise _cut_short(path, size, again)
+        return "torch"
+    if head.startswith(_LEGACY_TORCH):
+        return "torch"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_SAFETENSORS_HEADER:
+        _check_safetensors_size(path, size, again)
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    if path.suffix == ".safetensors":
+        raise _cut_short(path, size, again)
+    kind = next((name for start, name in _OTHER_KINDS if head.startswith(start)), "not in a format weights come in")
+    raise WeightsError(
+        f"weights '{path}' are {kind} (first bytes {head[:8]!r})", "give a .safetensors, .pth, .pt or .pkl file"
+    )
+
+
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6, torchvision's older files
+_LONGEST_SAFETENSORS_HEADER = 100_000_000  # the format's own limit; a pickle's first 8 bytes are a larger number
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"BZh", "a bzip2 archive (unpack it first)"),
+    (b"\xfd7zXZ", "an xz archive (unpack it first)"),
+    (b"\x93NUMPY", "one numpy array"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8", "a JPEG image"),
+    (b"\x89HDF", "an HDF5 file of another framework"),
+    (b"{", "JSON text"),
+    (b"[", "JSON text"),
+)
+
+
+def _check_safetensors_size(path: Path, size: int, again: str) -> None:
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if 8 + length > size:
+            raise _cut_short(path, size, again)
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            promised = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise WeightsError(f"weights '{path}' have a damaged safetensors header", again) from error
+    if promised > size:
+        raise _cut_short(path, size, again, promised)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"weights '{path}' are damaged ({error})", "download or save the file again") from error
+
+
+def _read_content(path: Path, kind: Literal["torch", "pickle"]) -> Any:
+    """Unpickles through the allow-lists."""
+    try:
+        if kind == "torch":
+            with torch.serialization.safe_globals(_numpy_globals()):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except _UNPICKLING_ERRORS as error:
+        first = str(error).partition("\n")[0]
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error) or isinstance(error, _Refused):
+            raise WeightsError(
+                f"weights '{path}' hold Python objects besides tensors, which could run code ({_blamed(str(error))})",
+                "where you trust the file, save its state dict alone: torch.save(model.state_dict(), ...)",
+            ) from error
+        raise WeightsError(f"weights '{path}' are damaged or cut short ({first})", "download the file again") from error
+
+
+class _Refused(pickle.UnpicklingError):
+    """A class or function that is not on the allow-list."""
+
+
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ImportError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    AssertionError,
+    zipfile.BadZipFile,
+)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows numpy arrays, scalars and ordered dicts besides what pickle itself builds; refuses the rest."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("collections", "OrderedDict"), ("_codecs", "encode")):
+            return {"OrderedDict": OrderedDict, "encode": _encode}[name]
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
+            known = {"_reconstruct": _empty_array, "scalar": _scalar, "ndarray": np.ndarray, "dtype": np.dtype}
+            if name in known:
+                return known[name]
+        raise _Refused(f"GLOBAL {module}.{name}")
+
+
+def _numpy_globals() -> list[Any]:
+    """The same allow-list in the form torch takes."""
+    multiarray = [f"numpy.{core}.multiarray" for core in ("core", "_core")]
+    kinds = "?bBhHiIlLqQefdSU"
+    return [
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(kind)) for kind in kinds},
+        *((_empty_array, f"{module}._reconstruct") for module in multiarray),
+        *((_scalar, f"{module}.scalar") for module in multiarray),
+    ]
+
+
+def _empty_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> np.ndarray:
+    """numpy's `_reconstruct` for the only arguments its own pickles have; the state that follows brings the data."""
+    if subtype is not np.ndarray or tuple(shape) != (0,):
+        raise _Refused("GLOBAL numpy array of unusual make")
+    return np.ndarray((0,), np.int8)
+
+
+def _scalar(dtype: np.dtype, data: bytes | str) -> Any:
+    if dtype.hasobject:
+        raise _Refused("GLOBAL numpy scalar of Python objects")
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(raw, dtype, 1)[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise _Refused(f"GLOBAL encoding {encoding}")
+    return text.encode("latin1")
+
+
+def _blamed(message: str) -> str:
+    """The name of the refused class in torch's or our message."""
+    _, _, rest = message.partition("GLOBAL ")
+    return rest.split(" was not")[0].strip().split("\n")[0] or "see -v"
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.isnative:
+        return torch.from_numpy(value.copy())
+    return None
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert type(key) in (str, int), f"{where}: key {key!r}"
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not isinstance(value, Tensor):
+        assert value is None or type(value) in (str, int, float, bool), f"{where} is a {type(value).__name__}"
+
+
+def _compare(file: BinaryIO, data: bytes | memoryview, path: Path) -> None:
+    view, position = memoryview(data), 0
+    while chunk := file.read(1 << 22):
+        if chunk != view[position : position + len(chunk)]:
+            break
+        position += len(chunk)
+    if position != len(view):
+        raise MachineError(f"'{path}' reads back differently from what was written", "check the disk")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows cannot open folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _foreign(path: Path, package: str | None) -> WeightsError:
+    command = (
+        f"python -m {package}.convert --from {path} --to {path.stem}.safetensors" if package else "the convert verb"
+    )
+    return WeightsError(
+        f"weights '{path}' were not written by this program: they do not say which model they are",
+        f"if they are an official checkpoint, convert it: {command}",
+    )
+
+
+def _other_categories(info: WeightsInfo, names: list[str], dataset: str) -> WeightsError:
+    fix = "add --head reinit to keep the trunk and start a new head"
+    if len(names) != len(info.categories):
+        what = f"weights know {len(info.categories)} categories, dataset '{dataset}' has {len(names)} ({some(names)})"
+        return WeightsError(what, fix)
+    pairs = [f"{old} / {new}" for (_, old), new in zip(info.categories, names, strict=True) if old != new]
+    return WeightsError(f"weights know other categories than dataset '{dataset}': {some(pairs)}", fix)
+
+
+def _cut_short(path: Path, size: int, again: str, promised: int | None = None) -> WeightsError:
+    expected = f" of {promised:,} bytes" if promised else " bytes"
+    return WeightsError(f"weights '{path}' are cut short ({size:,}{expected}; a broken download?)", again)
+
+
+def _no_space(path: Path, needed: int, free: int) -> MachineError:
+    return MachineError(
+        f"no space to write '{path}': {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free",
+        "free some space, or give --output a folder on another disk; what was saved before is untouched",
+    )
+
+
+def _beside(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder '{path.parent}'"
+    found = sorted(
+        p.name for p in path.parent.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".pkl", ".ckpt")
+    )
+    return f"; beside it: {some(found)}" if found else ""
