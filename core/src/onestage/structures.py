@@ -6,14 +6,14 @@ xyxy (width = x2 - x1) unless a name says `legacy`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onestage.errors import UsageError
+from onestage.errors import MachineError, UsageError
 from onestage.masks import Masks
 
 
@@ -117,6 +117,10 @@ class Target:
         return Target(boxes, labels, masks, iscrowd.to(boxes.device), int(target.get("image_id", -1)))
 
 
+MASK_OUTPUTS = ("bool", "prob", "rle", "packed", "lowres", "none")
+MASK_MEMORY = 8 * 2**30  # bytes a dense mask tensor may take
+
+
 @dataclass(frozen=True)
 class Detections:
     """What a model found in one image, N detections, scores descending.
@@ -126,8 +130,10 @@ class Detections:
         boxes: [N, 4] float32 xyxy, image pixels.
         scores: [N] float32 in [0, 1].
         labels: [N] int64, 0..K-1.
-        masks: N masks of the image's size, or None where the model was asked for boxes only.
+        masks: N masks of the image's size, or None where the model was asked for something else.
         mask_scores: [N] float32 for methods that score masks apart from boxes, else None.
+        soft_masks: [N, h, w] float32 probabilities at image size or at the method's own resolution, where the model
+            was asked for them, else None.
     """
 
     image_size: tuple[int, int]
@@ -136,27 +142,59 @@ class Detections:
     labels: Tensor
     masks: Masks | None = None
     mask_scores: Tensor | None = None
+    soft_masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, keep: Tensor | slice) -> Detections:
         """The detections that `keep` (bool, int64 index or slice) selects."""
-        return Detections(
-            self.image_size,
-            self.boxes[keep],
-            self.scores[keep],
-            self.labels[keep],
-            None if self.masks is None else self.masks[keep],
-            None if self.mask_scores is None else self.mask_scores[keep],
-        )
+        return self._map(lambda part: part[keep])
 
     def to(self, device: torch.device | str) -> Detections:
+        return self._map(lambda part: part.to(device))
+
+    def as_dict(self, mask_output: str = "bool") -> dict[str, Any]:
+        """The public form: `boxes`, `labels`, `scores` and `masks`.
+
+        Args:
+            mask_output: `bool` [N, H, W]; `prob` float32 [N, 1, H, W]; `rle` list of COCO RLE; `packed` bits of the
+                box windows (`Masks.to_bits`); `lowres` float32 [N, 1, h, w]; `none` leaves `masks` out.
+
+        Raises:
+            UsageError: unknown form.
+            MachineError: a dense form would take more than MASK_MEMORY bytes.
+        """
+        if mask_output not in MASK_OUTPUTS:
+            raise UsageError(f"mask_output '{mask_output}' is unknown", f"use one of {', '.join(MASK_OUTPUTS)}")
+        public: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
+        if self.mask_scores is not None:
+            public["mask_scores"] = self.mask_scores
+        if mask_output == "bool":
+            self._check_memory(1)
+            public["masks"] = self.masks.to_bool()
+        elif mask_output in ("prob", "lowres"):
+            public["masks"] = self.soft_masks[:, None]
+        elif mask_output == "rle":
+            public["masks"] = self.masks.to_rle()
+        elif mask_output == "packed":
+            public["masks"] = self.masks.to_bits()
+        return public
+
+    def _check_memory(self, bytes_per_pixel: int) -> None:
+        wanted = len(self) * self.image_size[0] * self.image_size[1] * bytes_per_pixel
+        if wanted > MASK_MEMORY:
+            raise MachineError(
+                f"{len(self)} dense masks of {self.image_size[0]} x {self.image_size[1]} px take {wanted / 2**30:.1f} GiB",
+                'set model.mask_output = "rle" or "packed"',
+            )
+
+    def _map(self, change: Callable[[Any], Any]) -> Detections:
+        optional = (self.masks, self.mask_scores, self.soft_masks)
         return Detections(
             self.image_size,
-            self.boxes.to(device),
-            self.scores.to(device),
-            self.labels.to(device),
-            None if self.masks is None else self.masks.to(device),
-            None if self.mask_scores is None else self.mask_scores.to(device),
+            change(self.boxes),
+            change(self.scores),
+            change(self.labels),
+            *(None if part is None else change(part) for part in optional),
         )

@@ -1,0 +1,65 @@
+"""Building a method's model the way torchvision builds its detectors: weights by path, trunks by enum name or path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from onestage.config import config_from_dict
+from onestage.engine.checkpoint import load_into, load_weights
+from onestage.errors import UsageError
+from onestage.method import Method
+from onestage.nn.imagenet import load_imagenet
+
+
+def build_model(
+    method: Method,
+    config: Any,
+    *,
+    weights: str | Path | None = None,
+    weights_backbone: str | Path | None = None,
+    num_classes: int | None = None,
+    trainable_backbone_layers: int | None = None,
+    head: Literal["match", "reinit"] = "match",
+    **overrides: Any,
+) -> nn.Module:
+    """A model of `method` in eval mode. Nothing is downloaded unless `weights_backbone` names a torchvision enum.
+
+    Args:
+        method: The paper's package.
+        config: Its configuration; with `weights` the stored one counts instead.
+        weights: A file of ours; its config rebuilds the model.
+        weights_backbone: ImageNet trunk: a torchvision weights name such as IMAGENET1K_V1, or a local file. Not
+            together with `weights`.
+        num_classes: K foreground classes.
+        trainable_backbone_layers: 0 to 5, counted from the last as torchvision does; 5 trains all.
+        head: "reinit" lets weights of other classes in and starts the layers that do not fit anew.
+        overrides: Further fields of the config.
+
+    Raises:
+        UsageError: arguments that exclude each other.
+        WeightsError: weights that do not fit.
+    """
+    if weights is not None and weights_backbone is not None:
+        raise UsageError("weights and weights_backbone are both given", "weights hold the trunk too: drop one")
+    state = info = None
+    if weights is not None:
+        state, info = load_weights(weights, package=method.name)
+        config = config_from_dict(method.config_type, info.config)
+    if num_classes is not None:
+        overrides["num_classes"] = num_classes
+    if trainable_backbone_layers is not None:
+        if not 0 <= trainable_backbone_layers <= 5:
+            raise UsageError(f"trainable_backbone_layers is {trainable_backbone_layers}", "use 0 to 5")
+        overrides["backbone"] = replace(
+            overrides.get("backbone", config.backbone), frozen_stages=5 - trainable_backbone_layers
+        )
+    model = method.build(replace(config, **overrides))
+    if state is not None and info is not None:
+        load_into(model, state, info, head=head)
+    elif weights_backbone is not None:
+        load_imagenet(model.backbone, weights_backbone)
+    return model.eval()

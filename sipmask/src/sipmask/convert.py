@@ -1,0 +1,196 @@
+"""Official SipMask checkpoints to ours: both key layouts (spec section 9), every tensor accounted for.
+
+`python -m sipmask.convert --from FILE --to FILE` is the command.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from onestage.config import BackboneConfig
+from onestage.errors import WeightsError, some
+from sipmask.config import R50, R50_FC, R50_RT_6X, R50_RT_10X, SipMaskConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KeyRules = tuple[tuple[str, str], ...]  # (pattern of their key, our key); the first match counts
+
+_TRUNK_MM: KeyRules = (
+    (r"(backbone\..+)", r"\1"),
+    (r"neck\.lateral_convs\.([0-2])\.conv\.(weight|bias)", r"fpn.lateral.\1.\2"),
+    (r"neck\.fpn_convs\.([0-2])\.conv\.(weight|bias)", r"fpn.output.\1.\2"),
+    (r"neck\.fpn_convs\.3\.conv\.(weight|bias)", r"fpn.extra.0.\1"),
+    (r"neck\.fpn_convs\.4\.conv\.(weight|bias)", r"fpn.extra.1.\1"),
+)
+_TRUNK_FC: KeyRules = (
+    *((rf"backbone\.fpn\.fpn_inner{i + 2}\.(weight|bias)", rf"fpn.lateral.{i}.\1") for i in range(3)),
+    *((rf"backbone\.fpn\.fpn_layer{i + 2}\.(weight|bias)", rf"fpn.output.{i}.\1") for i in range(3)),
+    (r"backbone\.fpn\.top_blocks\.p6\.(weight|bias)", r"fpn.extra.0.\1"),
+    (r"backbone\.fpn\.top_blocks\.p7\.(weight|bias)", r"fpn.extra.1.\1"),
+    (r"backbone\.body\.stem\.(.+)", r"backbone.\1"),
+    (r"backbone\.body\.(layer.+)", r"backbone.\1"),
+)
+_HEAD_SHARED: KeyRules = (
+    (r"feat_align\.conv_offset\.weight", r"alignment.offset.weight"),
+    (r"feat_align\.conv_adaption\.(weight|bias)", r"alignment.conv.\1"),
+    (r"feat_align\.norm\.(weight|bias)", r"alignment.norm.\1"),
+    (r"sip_cof\.(weight|bias)", r"coefficients.\1"),
+    (r"sip_mask_lat0\.(weight|bias)", r"basis.reduce.\1"),
+    (r"sip_mask_lat\.(weight|bias)", r"basis.out.\1"),
+    (r"scales\.([0-4])\.scale", r"scales.\1.scale"),
+)
+_HEAD_MM: KeyRules = (
+    (r"cls_convs\.(\d+)\.conv\.(weight|bias)", r"cls_tower.\1.0.\2"),
+    (r"cls_convs\.(\d+)\.gn\.(weight|bias)", r"cls_tower.\1.1.\2"),
+    (r"reg_convs\.(\d+)\.conv\.(weight|bias)", r"box_tower.\1.0.\2"),
+    (r"reg_convs\.(\d+)\.gn\.(weight|bias)", r"box_tower.\1.1.\2"),
+    (r"fcos_cls\.(weight|bias)", r"logits.\1"),
+    (r"fcos_reg\.(weight|bias)", r"distances.\1"),
+    (r"fcos_centerness\.(weight|bias)", r"centerness.\1"),
+    *_HEAD_SHARED,
+)
+_HEAD_FC: KeyRules = (
+    *(
+        (rf"{theirs}_tower\.{3 * i + norm}\.(weight|bias)", rf"{ours}_tower.{i}.{norm}.\1")
+        for theirs, ours in (("cls", "cls"), ("bbox", "box"))
+        for i in range(4)
+        for norm in (0, 1)
+    ),
+    (r"cls_logits\.(weight|bias)", r"logits.\1"),
+    (r"bbox_pred\.(weight|bias)", r"distances.\1"),
+    (r"centerness\.(weight|bias)", r"centerness.\1"),
+    *_HEAD_SHARED,
+)
+
+
+def convert_state_dict(state: dict[str, Tensor], config: SipMaskConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """Our state dict from an official one.
+
+    Args:
+        state: The checkpoint's tensors by name, with or without `module.` in front.
+        config: The configuration the tensors are for (`config_of`).
+
+    Returns:
+        The state dict of `SipMask(config)` and one note per group of tensors left out on purpose.
+
+    Raises:
+        WeightsError: a tensor is left over, missing or of another shape.
+    """
+    import torch
+
+    from sipmask.model import SipMask
+
+    with torch.device("meta"):
+        wanted = SipMask(config).state_dict()
+    return _convert(_plain(state), model_keys(config), wanted, config)
+
+
+def convert_head(state: dict[str, Tensor], config: SipMaskConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """The same for the head alone: official keys without prefix to those of `SipMaskHead(config)`."""
+    import torch
+
+    from sipmask.model import SipMaskHead
+
+    with torch.device("meta"):
+        wanted = SipMaskHead(config).state_dict()
+    return _convert(state, head_keys(config), wanted, config)
+
+
+def head_keys(config: SipMaskConfig) -> KeyRules:
+    """Patterns from official head keys, without prefix, to ours."""
+    return _HEAD_FC if config.profile == "fc" else _HEAD_MM
+
+
+def model_keys(config: SipMaskConfig) -> KeyRules:
+    """Patterns from official keys of a whole model to ours."""
+    trunk, prefix = (_TRUNK_FC, "rpn.head") if config.profile == "fc" else (_TRUNK_MM, "bbox_head")
+    head = tuple((rf"{re.escape(prefix)}\.{theirs}", f"head.{ours}") for theirs, ours in head_keys(config))
+    return (*trunk, *head)
+
+
+def rename(key: str, rules: KeyRules) -> str | None:
+    """Our name of one official tensor, None where no rule knows it."""
+    for theirs, ours in rules:
+        match = re.fullmatch(theirs, key)
+        if match:
+            return match.expand(ours)
+    return None
+
+
+def config_of(state: dict[str, Tensor]) -> SipMaskConfig:
+    """The configuration that fits an official image checkpoint: code base, norm, tower depth, trunk, classes.
+
+    Raises:
+        WeightsError: neither layout, or a video or mask-scoring model.
+    """
+    state = _plain(state)
+    if "rpn.head.cls_logits.weight" in state:
+        config = replace(R50_FC, num_classes=len(state["rpn.head.cls_logits.weight"]))
+        prefix = "backbone.body.layer3."
+    elif "bbox_head.fcos_cls.weight" in state:
+        for sign, what in (("bbox_head.sipmask_track", "video"), ("bbox_head.convs_scoring", "mask-scoring")):
+            if any(key.startswith(sign) for key in state):
+                raise WeightsError(
+                    f"this is a {what} SipMask checkpoint; only image models can be read", "use an image checkpoint"
+                )
+        config = replace(_mm_config(state), num_classes=len(state["bbox_head.fcos_cls.weight"]))
+        prefix = "backbone.layer3."
+    else:
+        raise WeightsError(
+            f"not a SipMask checkpoint: its first keys are {some(sorted(state), 3)}",
+            "pass a file of the authors' image models (keys bbox_head.fcos_cls.weight or rpn.head.cls_logits.weight)",
+        )
+    blocks = 1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix))
+    if blocks == 23:
+        config = replace(config, backbone=BackboneConfig(name="resnet101", stride_in_1x1=True))
+    return config
+
+
+def _mm_config(state: dict[str, Tensor]) -> SipMaskConfig:
+    depth = len([key for key in state if re.fullmatch(r"bbox_head\.reg_convs\.\d+\.conv\.weight", key)])
+    if "bbox_head.reg_convs.0.gn.weight" not in state:
+        return replace(R50_RT_6X, tower_depth=depth)
+    return replace(R50_RT_10X if depth == 2 else R50, tower_depth=depth)
+
+
+def _convert(
+    state: dict[str, Tensor], rules: KeyRules, wanted: dict[str, Tensor], config: SipMaskConfig
+) -> tuple[dict[str, Tensor], list[str]]:
+    converted: dict[str, Tensor] = {}
+    unknown, unused = [], []
+    for key, value in state.items():
+        ours = rename(key, rules)
+        if ours is None or (ours not in wanted and not ours.endswith("num_batches_tracked")):
+            # The released real-time files hold a GN behind the alignment that nothing reads.
+            (unused if config.norm == "none" and ours and "alignment.norm." in ours else unknown).append(key)
+        elif ours in wanted:
+            scalar = value.numel() == 1 and wanted[ours].numel() == 1  # scales are () in one layout, (1,) in the other
+            converted[ours] = value.reshape(wanted[ours].shape) if scalar else value
+    _refuse(unknown, "no place for")
+    missing = [key for key in wanted if key not in converted and not key.endswith("num_batches_tracked")]
+    _refuse(missing, "nothing for")
+    for key, value in converted.items():
+        if value.shape != wanted[key].shape:
+            _refuse([f"{key} {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"], "another shape:")
+    notes = [f"left out, unused by the released model: {some(unused)}"] if unused else []
+    return converted, notes
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _refuse(keys: list[str], what: str) -> None:
+    if keys:
+        raise WeightsError(
+            f"checkpoint does not fit: {what} {some(keys)}", "name the configuration it was trained with: --variant"
+        )
+
+
+if __name__ == "__main__":
+    from sipmask.__main__ import run_verb
+
+    run_verb("convert")

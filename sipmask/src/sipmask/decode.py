@@ -1,0 +1,205 @@
+"""From raw outputs to detections (Sec. 3.3; spec sections 3 and 6).
+
+Boxes stay legacy (inclusive) until `to_image`, which makes them exclusive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onestage import boxes as box_ops
+from onestage.nn import fcos
+from onestage.nn.nms import class_wise_nms, fast_nms, greedy_nms, top_by_score
+from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
+from onestage.structures import Detections, ImageFrame
+from sipmask.config import SipMaskConfig
+
+if TYPE_CHECKING:
+    from onestage.masks import Masks
+    from sipmask.model import RawOutput
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The N detections of one image before their masks exist, scores descending.
+
+    Args:
+        index: [N] int64 location of each detection; one location may appear with several classes.
+        boxes: [N, 4] legacy xyxy, input pixels, inside the unpadded input.
+        scores: [N] float32 in [0, 1].
+        labels: [N] int64.
+    """
+
+    index: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def decode(
+    raw: RawOutput,
+    frames: list[ImageFrame],
+    coefficients_at: Callable[[int, Tensor], Tensor],
+    config: SipMaskConfig,
+    masks: Literal["binary", "soft", "lowres", "none"] = "binary",
+) -> list[Detections]:
+    """Detections of B images.
+
+    Args:
+        raw: Outputs of the network; `coefficients` is not read.
+        frames: How each image became input.
+        coefficients_at: (image, locations [N]) to coefficients [N, rows * columns * m].
+        config: Inference settings and grid.
+        masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks` at image or basis resolution.
+    """
+    decoded = []
+    for i, frame in enumerate(frames):
+        selected = select(raw, i, frame, config)
+        found = to_image(selected, frame)
+        if masks != "none":
+            parts = raw.basis[i], coefficients_at(i, selected.index), selected.boxes
+            if masks == "binary":
+                found = replace(found, masks=assemble(*parts, frame, config))
+            elif masks == "soft":
+                found = replace(found, soft_masks=soft_masks(*parts, frame, config))
+            else:
+                found = replace(found, soft_masks=low_resolution_masks(*parts, config))
+        decoded.append(found)
+    return decoded
+
+
+def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> Selected:
+    """Scores, decodes and suppresses the locations of image `i` (spec sections 6.1 to 6.3)."""
+    rules = config.inference
+    scores, centerness = raw.logits[i].sigmoid(), raw.centerness[i].sigmoid()
+    if config.profile == "fc":
+        return _select_pairs(raw, i, frame, config)
+    index = _candidates(scores.amax(1) * centerness, raw.sizes, rules.candidates_per_level)
+    scores, centerness = scores[index], centerness[index]
+    boxes = _boxes(raw, i, index, frame)
+    if rules.nms == "fast":
+        # No +1 in this IoU, so neither the frame nor unequal axis scales matter.
+        kept = fast_nms(
+            boxes,
+            scores * centerness[:, None],
+            iou_threshold=rules.iou_threshold,
+            score_threshold=rules.score_threshold,
+            max_detections=rules.max_detections,
+        )
+    else:
+        kept = class_wise_nms(
+            _unscale(boxes, frame),  # the +1 of this IoU is one pixel of the original image
+            scores,
+            iou_threshold=rules.iou_threshold,
+            score_threshold=rules.score_threshold,
+            max_detections=rules.max_detections,
+            factors=centerness,
+            legacy=True,
+        )
+    return Selected(index[kept.index], boxes[kept.index], kept.scores, kept.labels)
+
+
+def to_image(selected: Selected, frame: ImageFrame) -> Detections:
+    """Boxes in image pixels, exclusive."""
+    boxes = _unscale(selected.boxes, frame)
+    boxes = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return Detections(frame.image_size, boxes, selected.scores, selected.labels)
+
+
+def assemble(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SipMaskConfig) -> Masks:
+    """Masks of one image: combine, sigmoid, prune by sub-region, up-sample, threshold, cut (spec section 3).
+
+    Args:
+        basis: [m, h, w] basis masks at stride 8, >= 0.
+        coefficients: [N, rows * columns * m].
+        boxes: [N, 4] legacy xyxy, input pixels.
+        frame: Gives the sizes to resample to.
+        config: Grid, up-sampling, threshold.
+
+    Returns:
+        `Masks` of the image's size.
+    """
+    cells = boxes / config.basis_stride
+    extent = (basis.shape[1] * config.basis_upsample, basis.shape[2] * config.basis_upsample)
+    return assemble_masks(
+        basis,
+        coefficients,
+        crop_window(cells, extent),
+        boxes=cells,
+        grid=config.grid,
+        upsample=config.basis_upsample,
+        order="prob",
+        threshold=config.inference.mask_threshold,
+        resized_size=_resized_size(extent, frame, config),
+        output_size=frame.image_size,
+    )
+
+
+def soft_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SipMaskConfig) -> Tensor:
+    """The probabilities that `assemble` thresholds, dense: [N, height, width] of the image, float32."""
+    low = low_resolution_masks(basis, coefficients, boxes, config)
+    size = _resized_size(tuple(low.shape[-2:]), frame, config)
+    soft = F.interpolate(low[None], size=size, mode="bilinear", align_corners=False)[0]
+    height, width = frame.image_size
+    soft = soft[:, :height, :width]
+    return F.pad(soft, (0, width - soft.shape[2], 0, height - soft.shape[1]))
+
+
+def low_resolution_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, config: SipMaskConfig) -> Tensor:
+    """Cropped probabilities on the basis grid after up-sampling: [N, h, w] at `config.basis_stride`, float32."""
+    cells = boxes / config.basis_stride
+    extent = (basis.shape[1] * config.basis_upsample, basis.shape[2] * config.basis_upsample)
+    return assemble_soft(
+        basis,
+        coefficients,
+        crop_window(cells, extent),
+        boxes=cells,
+        grid=config.grid,
+        upsample=config.basis_upsample,
+    )
+
+
+def _select_pairs(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> Selected:
+    """The fcos_core way: candidates are (location, class) pairs, their score a geometric mean."""
+    rules = config.inference
+    scores, centerness = raw.logits[i].sigmoid(), raw.centerness[i].sigmoid()
+    index, labels = (scores > rules.score_threshold).nonzero(as_tuple=True)
+    products = scores[index, labels] * centerness[index]
+    level = fcos.per_location(raw.sizes, range(len(raw.sizes)), index.device)[index]
+    best = fcos.top_per_level([products[level == n] for n in range(len(raw.sizes))], rules.candidates_per_level)
+    index, labels, scores = index[best], labels[best], products[best].sqrt()
+    boxes = _boxes(raw, i, index, frame)
+    kept = greedy_nms(boxes, scores, labels, rules.iou_threshold, legacy=True)
+    kept = kept[top_by_score(scores[kept], rules.max_detections, keep_ties=True)]
+    return Selected(index[kept], boxes[kept], scores[kept], labels[kept])
+
+
+def _candidates(rank: Tensor, sizes: list[tuple[int, int]], count: int) -> Tensor:
+    return fcos.top_per_level(rank.split([height * width for height, width in sizes]), count)
+
+
+def _boxes(raw: RawOutput, i: int, index: Tensor, frame: ImageFrame) -> Tensor:
+    boxes = fcos.decode_ltrb(raw.points[index], raw.distances[i, index])
+    return box_ops.clip(boxes, frame.input_size, legacy=True)
+
+
+def _unscale(boxes: Tensor, frame: ImageFrame) -> Tensor:
+    vertical, horizontal = frame.scale
+    return box_ops.scale(boxes, (1 / vertical, 1 / horizontal))
+
+
+def _resized_size(extent: tuple[int, int], frame: ImageFrame, config: SipMaskConfig) -> tuple[int, int]:
+    """Size of the whole up-sampled canvas in image pixels; the padding is cut off afterwards."""
+    rounding = math.floor if config.inference.mask_rounding == "floor" else math.ceil
+    height, width = (
+        max(1, rounding(cells * (config.basis_stride / scale) - (0.0 if rounding is math.floor else 1e-6)))
+        for cells, scale in zip(extent, frame.scale, strict=True)
+    )
+    return height, width

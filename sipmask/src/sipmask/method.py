@@ -1,0 +1,43 @@
+"""SipMask as the core's engine and command line see it."""
+
+from typing import TYPE_CHECKING
+
+from onestage.method import Method
+from sipmask.config import VARIANTS, SipMaskConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sipmask.model import SipMask
+
+
+def build(config: SipMaskConfig) -> "SipMask":
+    from sipmask.model import SipMask
+
+    return SipMask(config)
+
+
+def convert(state: "dict[str, Tensor]", config: SipMaskConfig) -> "tuple[dict[str, Tensor], list[str]]":
+    from sipmask.convert import convert_state_dict
+
+    return convert_state_dict(state, config)
+
+
+def infer_config(state: "dict[str, Tensor]") -> SipMaskConfig:
+    from sipmask.convert import config_of
+
+    return config_of(state)
+
+
+METHOD = Method(
+    name="sipmask",
+    title="SipMask (ECCV 2020): one coefficient set per sub-region of a box",
+    config_type=SipMaskConfig,
+    variants=VARIANTS,
+    default_variant="r50",
+    small_variant="small",
+    demo_variant="demo",
+    build=build,
+    convert=convert,
+    infer_config=infer_config,
+)

@@ -1,0 +1,238 @@
+"""SipMask (Cao et al., ECCV 2020): FCOS whose boxes carry one coefficient set per sub-region.
+
+Figure 3: `SipMask` is the whole, `SipMaskHead` its two branches, `FeatureAlignment` Sec. 3.1, `BasisMasks` Sec. 3.2;
+`decode` is Sec. 3.3, `losses` Sec. 3.4. Where the paper is silent or differs from the released code, the code is
+followed (spec sections 2 and 10): a 1x1 conv before the basis conv, box distances without exp, centerness.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onestage.nn import fcos
+from onestage.nn.fpn import FPN
+from onestage.nn.resnet import build_backbone
+from onestage.nn.towers import Scale, conv_tower, group_norm, init_normal, prior_bias
+from onestage.ops.deform import deform_conv2d
+from onestage.structures import Detections, Target
+from onestage.transforms import prepare_batch
+from sipmask.config import SipMaskConfig
+from sipmask.decode import decode
+from sipmask.losses import compute_losses
+from sipmask.targets import assign_targets, usable
+
+DEFORM_GROUPS = 4
+MASKS_OF = {"prob": "soft", "lowres": "lowres", "none": "none"}  # public mask_output to decode's forms
+
+
+class RawOutput(NamedTuple):
+    """What the network says about B images at the P locations of all levels."""
+
+    logits: Tensor  # [B, P, K] class logits
+    distances: Tensor  # [B, P, 4] left, top, right, bottom, input pixels; may be negative under "mm"
+    centerness: Tensor  # [B, P] logits
+    coefficients: Tensor | None  # [B, P, rows * columns * m]; None at inference, see `coefficients_at`
+    aligned: list[Tensor]  # per level [B, C, h, w], what the coefficients are read from
+    basis: Tensor  # [B, m, h, w] basis masks at stride 8, >= 0
+    points: Tensor  # [P, 2] (x, y) locations, input pixels, level by level, row by row
+    sizes: list[tuple[int, int]]  # (h, w) of each level
+
+
+class SipMask(nn.Module):
+    """SipMask for images.
+
+    Train: `model(images, targets)` -> dict of scalar losses. Eval: `model(images)` -> list of dicts (`boxes` xyxy
+    image pixels, `labels`, `scores`, `masks`). Images are [3, H, W] RGB, uint8 or float in 0..1, of any size;
+    resizing, normalising and padding happen inside. `mask_output` says in which form "masks" comes
+    (`Detections.as_dict`).
+
+    Args:
+        config: Every switch of the method.
+    """
+
+    def __init__(self, config: SipMaskConfig):
+        super().__init__()
+        self.config = config
+        self.mask_output = "bool"
+        self.backbone = build_backbone(config.backbone)
+        self.fpn = FPN(
+            self.backbone.channels[1:],
+            config.width,
+            extra="p5",
+            init="kaiming" if config.profile == "fc" else "xavier",
+        )
+        self.head = SipMaskHead(config)
+
+    def forward(
+        self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Any]]:
+        if not self.training:
+            found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            return [detections.as_dict(self.mask_output) for detections in found]
+        num_classes = self.config.num_classes
+        truth = [
+            usable(t if isinstance(t, Target) else Target.from_dict(t, tuple(image.shape[-2:]), num_classes))
+            for t, image in zip(targets, images, strict=True)
+        ]
+        batch = prepare_batch(images, truth, self.config.input, training=True, legacy_boxes=True)
+        raw = self.raw_outputs(batch.pixels)
+        return compute_losses(raw, assign_targets(batch.targets, raw, self.config), self.config)
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
+        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
+        return self._detect(images, "binary" if masks else "none")
+
+    def raw_outputs(self, pixels: Tensor) -> RawOutput:
+        """Network outputs for normalised, padded pixels [B, 3, H, W]."""
+        _, *features = self.backbone(pixels)
+        return self.head(self.fpn(features))
+
+    def _detect(self, images: list[Tensor], masks: str) -> list[Detections]:
+        batch = prepare_batch(images, None, self.config.input, training=False)
+        raw = self.raw_outputs(batch.pixels)
+        return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, masks)
+
+
+class SipMaskHead(nn.Module):
+    """The mask-specialised classification and regression branches (Fig. 3a), shared by the levels."""
+
+    def __init__(self, config: SipMaskConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        bias = config.norm == "none" or config.profile == "fc"  # fc keeps conv biases beside GN
+        self.cls_tower = conv_tower(width, width, config.tower_depth - 1, norm=config.norm, bias=bias)
+        self.box_tower = conv_tower(width, width, config.tower_depth, norm=config.norm, bias=bias)
+        self.alignment = FeatureAlignment(config)
+        self.logits = nn.Conv2d(width, config.num_classes, 3, padding=1)
+        self.distances = nn.Conv2d(width, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(width, 1, 3, padding=1)
+        self.coefficients = nn.Conv2d(width, config.num_coefficients, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in fcos.STRIDES)
+        self.basis = BasisMasks(config)
+        self._initialise()
+
+    def forward(self, features: list[Tensor]) -> RawOutput:
+        """Raw outputs from the pyramid P3..P7, each [B, C, h, w]."""
+        logits, distances, centerness, aligned, box_features = [], [], [], [], []
+        sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
+        for feature, scale, stride in zip(features, self.scales, fcos.STRIDES, strict=True):
+            box_feature = self.box_tower(feature)
+            distance = scale(self.distances(box_feature))  # strides, linear: no exp
+            if self.config.profile == "fc":
+                distance = distance.relu()
+            aligned.append(self.alignment(self.cls_tower(feature), distance.detach()))
+            logits.append(self.logits(aligned[-1]))
+            distances.append(distance * stride)
+            centerness.append(self.centerness(box_feature))
+            box_features.append(box_feature)
+        return RawOutput(
+            logits=_flatten(logits),
+            distances=_flatten(distances),
+            centerness=_flatten(centerness).squeeze(2),
+            coefficients=_flatten([self.coefficients(feature) for feature in aligned]) if self.training else None,
+            aligned=aligned,
+            basis=self.basis(box_features[:3]),
+            points=fcos.locations(sizes, device=features[0].device),
+            sizes=sizes,
+        )
+
+    def coefficients_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
+        """Coefficients [N, rows * columns * m] of the locations `index` [N] int64 of one image.
+
+        A conv without norm is linear in its 3x3 patch: only the patches of kept locations are read.
+        """
+        coefficients = self.coefficients.weight.new_empty(len(index), self.config.num_coefficients)
+        start = 0
+        for feature, (height, width) in zip(raw.aligned, raw.sizes, strict=True):
+            inside = ((index >= start) & (index < start + height * width)).nonzero().flatten()
+            cell = index[inside] - start
+            patches = _patches(feature[image], cell // width, cell % width)  # [n, C * 9]
+            values = F.linear(patches, self.coefficients.weight.flatten(1), self.coefficients.bias)
+            coefficients[inside] = values.to(coefficients.dtype)
+            start += height * width
+        return coefficients
+
+    def _initialise(self) -> None:
+        for part in (self.cls_tower, self.box_tower, self.alignment, self.logits, self.distances, self.centerness):
+            init_normal(part)
+        if self.config.profile == "mm":  # fc leaves both to the framework's default
+            init_normal(self.basis)
+            init_normal(self.coefficients, 0.001)
+        nn.init.constant_(self.logits.bias, prior_bias(0.01))
+        if self.alignment.offset is not None:
+            nn.init.zeros_(self.alignment.offset.weight)
+
+
+class FeatureAlignment(nn.Module):
+    """Re-samples the class feature where the predicted box says (Sec. 3.1, Eq. 1): a deformable 3x3 conv.
+
+    Its offsets are a linear function of the four distances and start at zero, as a plain conv.
+    """
+
+    def __init__(self, config: SipMaskConfig):
+        super().__init__()
+        width = config.width
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=config.profile == "fc")
+        self.norm = group_norm(width) if config.norm == "gn" else nn.Identity()
+        # (group, tap, dy dx), as torchvision orders them.
+        self.offset = nn.Conv2d(4, DEFORM_GROUPS * 9 * 2, 1, bias=False) if config.align_features else None
+
+    def forward(self, feature: Tensor, distances: Tensor) -> Tensor:
+        """Aligned feature [B, C, h, w].
+
+        Args:
+            feature: [B, C, h, w] last class-tower feature.
+            distances: [B, 4, h, w] left, top, right, bottom in strides, detached.
+        """
+        if self.offset is None:
+            aligned = self.conv(feature)
+        else:
+            aligned = deform_conv2d(feature, self.offset(distances), self.conv.weight, self.conv.bias, padding=1)
+        return self.norm(aligned).relu()
+
+
+class BasisMasks(nn.Module):
+    """Contextual basis masks from the box features of P3 to P5 (Sec. 3.2), at stride 8 and non-negative.
+
+    Everything after is linear, so the up-sampling to `config.basis_stride` is left to whoever combines them.
+    """
+
+    def __init__(self, config: SipMaskConfig):
+        super().__init__()
+        self.levels = tuple(("P3", "P4", "P5").index(level) for level in config.basis_levels)
+        self.reduce = nn.Conv2d(config.width * len(self.levels), config.basis_hidden, 1)
+        self.out = nn.Conv2d(config.basis_hidden, config.num_bases, 3, padding=1)
+
+    def forward(self, box_features: list[Tensor]) -> Tensor:
+        """[B, m, h, w] from the box-tower outputs of P3, P4, P5, each [B, C, h / 2^i, w / 2^i]."""
+        size = box_features[0].shape[-2:]
+        joined = torch.cat(
+            [
+                box_features[i]
+                if i == 0
+                else F.interpolate(box_features[i], size=size, mode="bilinear", align_corners=False)
+                for i in self.levels
+            ],
+            1,
+        )
+        return self.out(self.reduce(joined).relu()).relu()
+
+
+def _flatten(maps: list[Tensor]) -> Tensor:
+    """[B, P, C] from per-level [B, C, h, w], row-major."""
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+
+
+def _patches(feature: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[N, C * 9] zero-padded 3x3 neighbourhoods of a feature [C, h, w], in the order of a conv weight."""
+    padded = F.pad(feature, (1, 1, 1, 1))
+    offsets = torch.arange(3, device=feature.device)
+    patches = padded[:, rows[:, None, None] + offsets[:, None], columns[:, None, None] + offsets]  # [C, N, 3, 3]
+    return patches.transpose(0, 1).flatten(1)

@@ -1,0 +1,320 @@
+"""Parity with the authors' own code: stored inputs, weights and outputs of their heads, losses and inference.
+
+The files are described where they are made; tolerances are theirs. Each test runs every case of its file that image
+models cover: `gn4` (high accuracy), `ssd2` (real time), and the fcos_core profile.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from onestage.nn import fcos
+from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
+from onestage.ops.mask_loss import window_mask_loss
+from onestage.structures import ImageFrame, Target
+from sipmask.config import R50, R50_FC, R50_RT_6X, InferenceConfig
+from sipmask.convert import convert_head, head_keys, rename
+from sipmask.decode import assemble, select
+from sipmask.losses import alignment_weights, compute_losses
+from sipmask.model import SipMaskHead
+from sipmask.targets import assign_targets
+
+pytestmark = pytest.mark.golden
+VARIANTS = {"gn4": R50, "ssd2": R50_RT_6X}
+
+
+def test_pruned_maps_equal_the_crop_split_kernel(golden):
+    case = golden("sipmask_smp")
+    _check_pruned(case["basis"], case["cof"], case["boxes_mask_px"], (2, 2), case["pruned"])
+    for grid in case["grids"].values():
+        _check_pruned(case["basis"], grid["cof"], case["boxes_mask_px"], (grid["rows"], grid["cols"]), grid["pruned"])
+
+
+def _check_pruned(basis, coefficients, boxes, grid, expected):
+    soft = assemble_soft(basis, coefficients, crop_window(boxes, tuple(basis.shape[1:])), boxes=boxes, grid=grid)
+    assert_close(soft.permute(1, 2, 0), expected, atol=1e-5, rtol=0)
+
+
+def test_masks_equal_the_thresholded_up_sampling(golden):
+    case = golden("sipmask_smp")
+    infer, basis, boxes = case["infer"], case["basis"], case["boxes_mask_px"]
+    size = tuple(infer["out_hw"].tolist())
+    for threshold, key in ((0.4, "bin_040"), (0.5, "bin_050")):
+        masks = assemble_masks(
+            basis,
+            case["cof"],
+            crop_window(boxes, tuple(basis.shape[1:])),
+            boxes=boxes,
+            grid=(2, 2),
+            threshold=threshold,
+            resized_size=size,
+            output_size=size,
+        )
+        differing = (masks.to_bool() != infer[key].bool()) & ((infer["soft_up"] - threshold).abs() > 1e-5)
+        assert not differing.any()
+
+
+def test_mask_loss_equals_bce_of_the_cropped_truth_and_has_the_kernels_gradients(golden):
+    case = golden("sipmask_smp")
+    basis, coefficients = case["basis"].clone().requires_grad_(), case["cof"].clone().requires_grad_()
+    boxes, truth = case["boxes_mask_px"], case["gt_half"].permute(2, 0, 1)
+    sums = window_mask_loss(basis, coefficients, boxes, truth, torch.arange(len(boxes)), grid=(2, 2))
+    pruned, cropped = case["pruned"].double(), case["gt_cropped"].double()
+    assert_close(sums.double(), F.binary_cross_entropy(pruned, cropped, reduction="none").sum((0, 1)), rtol=1e-4, atol=1e-4)
+
+    # d(loss) / d(map) of BCE is (p - g) / (p (1 - p)); feeding the kernel's own upstream gradient back through the
+    # soft maps must give the kernel's gradients.
+    soft = assemble_soft(basis, coefficients, crop_window(boxes, tuple(basis.shape[1:])), boxes=boxes, grid=(2, 2))
+    grads = torch.autograd.grad((soft.permute(1, 2, 0) * case["upstream_grad"]).sum(), (basis, coefficients))
+    assert_close(grads[0], case["grad_basis"], atol=1e-4, rtol=1e-4)
+    assert_close(grads[1], case["grad_cof"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_head_outputs(golden, variant):
+    case = golden(f"sipmask_head_{variant}")
+    raw, offset = _run_head(case, VARIANTS[variant], train=True)
+    _check_raw(raw, case, case["bbox_preds"])
+    assert_close(offset, case["offset_lvl0"], atol=1e-4, rtol=0)
+
+
+def test_head_outputs_of_the_fcos_core_profile(golden):
+    case = golden("sipmask_bench")
+    raw, _ = _run_head(case, R50_FC, train=True)
+    _check_raw(raw, case, case["bbox_preds_px"])
+
+
+def _check_raw(raw, case, distances):
+    assert_close(raw.logits, _flat(case["cls_scores"]), atol=1e-4, rtol=0)
+    assert_close(raw.distances, _flat(distances), atol=1e-4, rtol=1e-5)  # up to hundreds of pixels
+    assert_close(raw.centerness, _flat(case["centernesses"]).squeeze(2), atol=1e-4, rtol=0)
+    assert_close(raw.coefficients, _flat(case["cof_preds"]), atol=1e-4, rtol=1e-3)
+    basis = F.interpolate(raw.basis, scale_factor=4, mode="bilinear", align_corners=False)
+    assert_close(basis, case["feat_masks"], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_coefficients_at_kept_locations_equal_the_dense_convolution(golden, variant):
+    case = golden(f"sipmask_head_{variant}")
+    head = _head(case, VARIANTS[variant]).eval()
+    with torch.no_grad():
+        raw = head(case["feats"])
+        index = torch.arange(0, raw.logits.shape[1], 3).flip(0)
+        for image in range(len(raw.logits)):
+            kept = head.coefficients_at(raw, image, index)
+            assert_close(kept, _flat(case["cof_preds"])[image, index], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_targets_and_losses(golden, variant):
+    head_case, case = golden(f"sipmask_head_{variant}"), golden("sipmask_loss")
+    if variant not in case:
+        pytest.skip(f"{variant} is not in this sipmask_loss file")
+    case = case[variant]
+    config = _config(VARIANTS[variant], head_case)
+    head = _head(head_case, VARIANTS[variant]).train()
+    raw = head(head_case["feats"])
+    raw.coefficients.retain_grad()
+    targets = assign_targets(_targets(case), raw, config)
+    for i, labels in enumerate(case["target_labels"]):
+        positive = labels > 0
+        assert torch.equal(targets.labels[i], labels - 1)
+        assert torch.equal(targets.index[i, positive], case["gt_index_of_pos"][i])
+        assert_close(targets.ltrb[i, positive], case["target_ltrb"][i][positive], atol=1e-4, rtol=0)
+    losses = compute_losses(raw, targets, config)
+    expected = case["losses"]
+    for ours, theirs in _LOSSES.items():
+        assert_close(losses[ours], expected[theirs], rtol=1e-4, atol=0, msg=lambda m, o=ours: f"{o}: {m}")
+    sum(losses.values()).backward()
+    parameters = dict(head.named_parameters())
+    for key, gradient in case["grads"].items():
+        name, _, is_norm = key.partition("|")
+        ours = parameters[_our_name(name, config)].grad
+        assert_close(
+            ours.norm() if is_norm else ours.reshape(gradient.shape),
+            gradient,
+            rtol=1e-3,
+            atol=1e-3 * float(gradient.abs().max()),
+        )
+    for weighting, key in (("cls", "only_cls"), ("loc", "only_loc"), ("none", "none")):
+        variant_loss = compute_losses(raw, targets, replace(config, weighting=weighting))["loss_mask"]
+        assert_close(variant_loss, case["loss_mask_variants"][key], rtol=1e-4, atol=0)
+
+
+_LOSSES = {
+    "loss_cls": "loss_cls",
+    "loss_box": "loss_bbox",
+    "loss_centerness": "loss_centerness",
+    "loss_mask": "loss_mask",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mask_weights(golden, variant):
+    head_case, case = golden(f"sipmask_head_{variant}"), golden("sipmask_loss")
+    if variant not in case:
+        pytest.skip(f"{variant} is not in this sipmask_loss file")
+    case = case[variant]
+    logits, distances = _flat(head_case["cls_scores"]), _flat(head_case["bbox_preds"])
+    points = torch.cat(case["points"])
+    for i, step in enumerate(case["intermediates"]):
+        positive = step["pos_index"]
+        boxes = fcos.decode_ltrb(points[positive], distances[i, positive]) / 2
+        assert_close(boxes, step["boxes_half"], atol=1e-4, rtol=1e-5)
+        labels = case["target_labels"][i][positive] - 1
+        gt = case["gt_boxes"][i][case["gt_index_of_pos"][i]] / 2
+        alpha, score = alignment_weights(logits[i, positive], labels, boxes, gt, "cls_loc")
+        assert_close(score, step["cls_score"], atol=1e-4, rtol=0)
+        assert_close(alpha, step["cls_score"] * step["iou"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case_name", ["loss", "loss_crafted", "loss_small_mask"])
+def test_losses_of_the_fcos_core_profile(golden, case_name):
+    file = golden("sipmask_bench")
+    config = _config(R50_FC, file)
+    head = _head(file, R50_FC).train()
+    raw = head(file["feats"])
+    truth = dict(file["loss"])
+    case = file[case_name]
+    if case_name != "loss":
+        crafted = file["loss_crafted"]
+        strides = fcos.per_location(raw.sizes, fcos.STRIDES)[None, :, None]
+        raw = raw._replace(
+            distances=_flat(crafted["bbox_preds_stride_units"]) * strides,
+            coefficients=raw.coefficients * crafted["cof_scale"],
+            basis=raw.basis * crafted["feat_mask_scale"],
+        )
+    if case_name == "loss_small_mask":
+        raw = raw._replace(
+            basis=raw.basis / file["loss_crafted"]["feat_mask_scale"],
+            coefficients=torch.full_like(raw.coefficients, 0.5),
+        )
+        truth["gt_masks"] = [torch.ones_like(masks) for masks in truth["gt_masks"]]
+    losses = compute_losses(raw, assign_targets(_targets(truth), raw, config), config)
+    for ours, theirs in (_LOSSES | {"loss_box": "loss_reg"}).items():
+        assert_close(losses[ours], case["losses"][theirs], rtol=1e-4, atol=0, msg=lambda m, o=ours: f"{o}: {m}")
+    if "grads" in case:
+        sum(losses.values()).backward()
+        parameters = dict(head.named_parameters())
+        for name, gradient in case["grads"].items():
+            ours = parameters[_our_name(name, config)].grad
+            assert_close(ours, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inference(golden, variant):
+    head_case, runs = golden(f"sipmask_head_{variant}"), golden("sipmask_infer").get(variant)
+    if runs is None:
+        pytest.skip(f"{variant} is not in this sipmask_infer file")
+    raw = _stored_raw(head_case, VARIANTS[variant], head_case["bbox_preds"])
+    for run in runs:
+        cfg = run["cfg"]
+        rules = InferenceConfig(
+            nms=cfg["nms"],
+            candidates_per_level=cfg["nms_pre"],
+            score_threshold=cfg["score_thr"],
+            iou_threshold=cfg["iou_thr"],
+            max_detections=cfg["max_per_img"],
+            mask_rounding="floor",
+        )
+        config = replace(_config(VARIANTS[variant], head_case), inference=rules)
+        factor = run["scale_factor"]
+        scale = (factor[1], factor[0]) if isinstance(factor, list) else (factor, factor)
+        frame = ImageFrame(tuple(run["ori_shape"]), tuple(run["img_shape"]), tuple(run["img_shape"]), scale)
+        for i, expected in enumerate(run["results"]):
+            found = select(raw, i, frame, config)
+            boxes = found.boxes / found.boxes.new_tensor([scale[1], scale[0]] * 2)
+            masks = assemble(raw.basis[i], raw.coefficients[i, found.index], found.boxes, frame, config).to_bool()
+            _check_detections(boxes, found.scores, found.labels, masks, expected)
+
+
+def test_inference_of_the_fcos_core_profile(golden):
+    file = golden("sipmask_bench")
+    cfg = file["infer"]["cfg"]
+    rules = InferenceConfig(
+        candidates_per_level=cfg["pre_nms_top_n"],
+        score_threshold=cfg["score_thr"],
+        iou_threshold=cfg["nms_thr"],
+        max_detections=cfg["max_dets"],
+        mask_rounding="floor",
+    )
+    config = replace(_config(R50_FC, file), inference=rules)
+    raw = _stored_raw(file, R50_FC, file["bbox_preds_px"])
+    for i, expected in enumerate(file["infer"]["results"]):
+        (height, width), (wide, high) = file["infer"]["image_hw"][i], file["infer"]["orig_wh"][i]
+        scale = min(height / high, width / wide)
+        frame = ImageFrame((high, wide), (height, width), (height, width), (scale, scale))
+        found = select(raw, i, frame, config)
+        masks = assemble(raw.basis[i], raw.coefficients[i, found.index], found.boxes, frame, config).to_bool()
+        expected = dict(expected, labels=expected["labels"] - 1)
+        _check_detections(found.boxes, found.scores, found.labels, masks, expected)
+
+
+def _check_detections(boxes, scores, labels, masks, expected):
+    """Same set of detections: each expected one has its own match in box, score, label and mask."""
+    assert len(boxes) == len(expected["boxes"])
+    ours, theirs = _order(boxes, scores, labels), _order(expected["boxes"], expected["scores"], expected["labels"])
+    assert torch.equal(labels[ours], expected["labels"][theirs])
+    assert_close(scores[ours], expected["scores"][theirs], atol=1e-4, rtol=0)
+    assert_close(boxes[ours], expected["boxes"][theirs], atol=1e-2, rtol=0)
+    masks, wanted = masks[ours], expected["masks"][theirs].bool()
+    inter, union = (masks & wanted).sum((1, 2)), (masks | wanted).sum((1, 2))
+    assert (inter >= 0.99 * union).all()
+    assert union.sum() > 0
+
+
+def _order(boxes, scores, labels):
+    """One canonical order for a set: by label, then x1, then y1, then y2, all rounded."""
+    keys = torch.stack([labels.double(), *(boxes[:, i].double().mul(20).round() for i in (0, 1, 3, 2))], 1).tolist()
+    return torch.tensor(sorted(range(len(keys)), key=lambda i: keys[i]), dtype=torch.int64)
+
+
+def _flat(maps):
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+
+
+def _config(variant, case):
+    state = case["state_dict"]
+    classes = state["cls_logits.weight" if "cls_logits.weight" in state else "fcos_cls.weight"]
+    return replace(variant, num_classes=classes.shape[0], width=classes.shape[1])
+
+
+def _head(case, variant):
+    config = _config(variant, case)
+    head = SipMaskHead(config)
+    head.load_state_dict(convert_head(case["state_dict"], config)[0])
+    return head
+
+
+def _run_head(case, variant, train):
+    head = _head(case, variant).train(train)
+    offsets = []
+    head.alignment.offset.register_forward_hook(lambda module, args, out: offsets.append(out))
+    with torch.no_grad():
+        raw = head(case["feats"])
+    return raw, offsets[0][:1]
+
+
+def _stored_raw(case, variant, distances):
+    """The stored outputs; basis masks, stored up-sampled, are run afresh."""
+    raw, _ = _run_head(case, variant, train=False)
+    return raw._replace(
+        logits=_flat(case["cls_scores"]),
+        distances=_flat(distances),
+        centerness=_flat(case["centernesses"]).squeeze(2),
+        coefficients=_flat(case["cof_preds"]),
+    )
+
+
+def _targets(case):
+    return [
+        Target(boxes, labels - 1, masks, torch.zeros(len(boxes), dtype=torch.bool))
+        for boxes, labels, masks in zip(case["gt_boxes"], case["gt_labels"], case["gt_masks"], strict=True)
+    ]
+
+
+def _our_name(name, config):
+    return rename(name, head_keys(config))
