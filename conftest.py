@@ -1,5 +1,7 @@
 """What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, a device."""
 
+import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -14,7 +16,7 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> "Golden":
-    """Reads golden data: `golden("sipmask_smp")` is the content of `sipmask_smp.pt` (or `.json`).
+    """Reads golden data: `golden("sipmask_smp")` is the content of `sipmask_smp.pt` (or `.pt.gz`, `.json`).
 
     One folder serves a run: `ONESTAGE_GOLDEN` if it is set, else `../shared/golden`, else the `tests/golden` of the
     package that asks. A file that this folder does not have skips the test; no other folder is tried.
@@ -48,11 +50,12 @@ class Golden:
         path = self.path(name)
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     def path(self, name: str) -> Path:
         """Where `name` lies; skips the test if it lies nowhere."""
-        for candidate in (name, f"{name}.pt", f"{name}.json"):
+        for candidate in (name, f"{name}.pt", f"{name}.pt.gz", f"{name}.json"):
             if (self.folder / candidate).is_file():
                 return self.folder / candidate
         pytest.skip(f"golden data {name!r} is not in {self.folder}")
