@@ -1,6 +1,7 @@
 """The parts dense heads are made of: conv towers, per-level scales, initialisation."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -61,3 +62,17 @@ def init_normal(module: nn.Module, std: float = 0.01) -> None:
 def prior_bias(probability: float = 0.01) -> float:
     """The logit of `probability`: class biases start there, or the many negatives swamp the first steps."""
     return -math.log((1 - probability) / probability)
+
+
+def flatten_levels(maps: Sequence[Tensor], channels: int) -> Tensor:
+    """Head outputs of all levels as one list.
+
+    Args:
+        maps: [B, A * channels, h, w] per level, anchors outermost in the channels (A = 1 without anchors).
+        channels: Numbers per anchor or location.
+
+    Returns:
+        [B, P * A, channels]: level by level, row by row, anchor by anchor.
+    """
+    flat = [x.permute(0, 2, 3, 1).reshape(len(x), -1, channels) for x in maps]
+    return torch.cat(flat, dim=1)
