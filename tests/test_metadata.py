@@ -78,7 +78,11 @@ def test_packaging_is_the_same_in_every_package(package):
     assert tables["build-system"] == {"requires": ["hatchling>=1.27"], "build-backend": "hatchling.build"}
     assert tables["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [f"src/{IMPORTS[package]}"]
     # Without these uv installs a stale build after an edit.
-    keys = [{"file": "pyproject.toml"}, {"file": "src/**/*"}, *([{"env": "ONESTAGE_CORE"}] if package != "core" else [])]
+    keys = [
+        {"file": "pyproject.toml"},
+        {"file": "src/**/*"},
+        *([{"env": "ONESTAGE_CORE"}] if package != "core" else []),
+    ]
     assert tables["tool"]["uv"]["cache-keys"] == keys
     about = tables["project"]
     assert (about["requires-python"], about["license"], about["readme"]) == (">=3.10", "Apache-2.0", "README.md")
@@ -90,7 +94,9 @@ def test_package_is_typed(package):
 
 
 def test_tests_are_no_packages(package):
-    assert not list((ROOT / package / "tests").rglob("__init__.py")), "pytest's importlib mode needs no __init__.py in tests"
+    assert not list((ROOT / package / "tests").rglob("__init__.py")), (
+        "pytest's importlib mode needs no __init__.py in tests"
+    )
 
 
 def test_root_is_no_workspace_and_no_package():
