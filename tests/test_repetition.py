@@ -1,4 +1,4 @@
-"""No block of code stands twice: what two papers need belongs to the core, what two tests need to `onestage.testing`."""
+"""No block of code stands twice: what two papers need goes to the core, what two tests need to `onestage.testing`."""
 
 import io
 import tokenize
@@ -32,15 +32,13 @@ def test_a_shorter_piece_is_no_block():
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
-    """Every run of BLOCK consecutive logical lines of code, with the line it starts at.
+    """Every run of BLOCK consecutive statements, with the line it starts at.
 
-    Imports, docstrings, comments and white space are left out; lines of one or two tokens (`)`, `else:`) do not count
-    towards the length.
+    Imports, docstrings, comments and white space are left out; `else:`, `pass` and the like do not count.
     """
-    lines = logical_lines(text)
-    return [
-        (lines[at][0], "\n".join(line for _, line in lines[at : at + BLOCK])) for at in range(len(lines) - BLOCK + 1)
-    ]
+    lines = statements(text)
+    runs = (lines[at : at + BLOCK] for at in range(len(lines) - BLOCK + 1))
+    return [(run[0][0], "\n".join(statement for _, statement in run)) for run in runs]
 
 
 def statements(text: str) -> list[tuple[int, str]]:
