@@ -1,30 +1,12 @@
-"""Deformable 3x3 convolutions as modules; the operation itself is `onestage.ops.deform`."""
+"""A deformable convolution as a module; the operation itself is `onestage.ops.deform`."""
 
 import torch
 from torch import Tensor, nn
-from torchvision import ops
 
 from onestage.ops.deform import deform_conv2d
 
 
-class DeformConv2d(ops.DeformConv2d):
-    """torchvision's module, offsets given by the caller, computed by our operation."""
-
-    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `onestage.ops.deform.deform_conv2d`."""
-        return deform_conv2d(
-            input,
-            offset,
-            self.weight,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            mask=mask,
-        )
-
-
-class SelfOffsetConv2d(DeformConv2d):
+class SelfOffsetConv2d(nn.Conv2d):
     """A deformable convolution that predicts its own offsets from its input (Dai et al. 2017, Zhu et al. 2019).
 
     `conv_offset` is a convolution of the same kernel, stride and padding with bias, initialised to zero, so that the
@@ -57,13 +39,16 @@ class SelfOffsetConv2d(DeformConv2d):
         self.num_taps = kernel_size * kernel_size
         channels = (3 if modulated else 2) * self.num_taps
         self.conv_offset = nn.Conv2d(in_channels, channels, kernel_size, stride, padding)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        nn.init.constant_(self.conv_offset.weight, 0.0)
+        nn.init.constant_(self.conv_offset.bias, 0.0)  # type: ignore[arg-type]
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor:
         """[B, in, h, w] to [B, out, h / stride, w / stride]."""
         predicted = self.conv_offset(input)
-        if not self.modulated:
-            return super().forward(input, predicted)
-        offset, mask = predicted.split((2 * self.num_taps, self.num_taps), dim=1)
-        return super().forward(input, offset, torch.sigmoid(mask))
+        offset, mask = predicted, None
+        if self.modulated:
+            offset, logits = predicted.split((2 * self.num_taps, self.num_taps), dim=1)
+            mask = torch.sigmoid(logits)
+        return deform_conv2d(
+            input, offset, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]), mask=mask
+        )

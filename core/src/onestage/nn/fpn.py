@@ -81,4 +81,4 @@ def _init(module: nn.Module, init: str) -> None:
                 nn.init.xavier_uniform_(conv.weight)
             else:
                 nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            nn.init.constant_(conv.bias, 0.0)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 Candidates come as N boxes with K class scores each; one box may survive under several classes.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torchvision import ops
 from onestage.boxes import from_legacy, iou_matrix
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """Survivors, best first.
 
     Args:

@@ -3,6 +3,8 @@
 Parameter names are torchvision's (`conv1`, `bn1`, `layer1.0.conv1`, ..), so its ImageNet weights load as they are.
 """
 
+from typing import Any
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ class ResNet(nn.Module):
         return (self.layer1, self.layer2, self.layer3, self.layer4)
 
 
-def conv_norm(conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def conv_norm(conv: nn.Module, norm: Any, x: Tensor) -> Tensor:
     """Convolution, then batch norm; at inference one convolution with the norm folded into its weights.
 
     The folded form saves two passes over every map of the trunk and equals the other up to rounding.
@@ -83,7 +85,7 @@ def conv_norm(conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _residual_block(block: nn.Module, x: Tensor) -> Tensor:
+def _residual_block(block: Any, x: Tensor) -> Tensor:
     """torchvision's blocks as they are, but with `conv_norm`."""
     out = F.relu_(conv_norm(block.conv1, block.bn1, x))
     out = conv_norm(block.conv2, block.bn2, out)
@@ -101,7 +103,7 @@ def _move_stride(trunk: ResNet) -> None:
             block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
-def _deform(layer: nn.Sequential, interval: int, modulated: bool) -> None:
+def _deform(layer: Any, interval: int, modulated: bool) -> None:
     for block in layer[::interval]:
         conv = block.conv2
         block.conv2 = SelfOffsetConv2d(
@@ -116,8 +118,8 @@ def _deform(layer: nn.Sequential, interval: int, modulated: bool) -> None:
         block.conv2.weight = conv.weight
 
 
-def _out_channels(block: nn.Module) -> int:
-    return (block.conv2 if isinstance(block, BasicBlock) else block.conv3).out_channels
+def _out_channels(block: Any) -> int:
+    return int((block.conv2 if isinstance(block, BasicBlock) else block.conv3).out_channels)
 
 
 def _freeze(trunk: ResNet) -> None:

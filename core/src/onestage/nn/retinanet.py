@@ -6,7 +6,7 @@ and the scale the inner one. A: anchors of all levels, G: ground truths.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ MAX_LOG_RATIO = math.log(1000 / 16)  # of decoded to anchor side: exp must not o
 MATCH_CHUNK = 16
 
 
-class Matches(NamedTuple):
+@dataclass(frozen=True)
+class Matches:
     """Which ground truth each anchor answers for.
 
     Args:

@@ -55,8 +55,9 @@ def init_normal(module: nn.Module, std: float = 0.01) -> None:
         weight = getattr(part, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 4:
             nn.init.normal_(weight, std=std)
-            if getattr(part, "bias", None) is not None:
-                nn.init.zeros_(part.bias)
+            bias = getattr(part, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                nn.init.zeros_(bias)
 
 
 def prior_bias(probability: float = 0.01) -> float:

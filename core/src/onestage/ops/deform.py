@@ -43,12 +43,15 @@ def deform_conv2d(
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     # torchvision's op has no half types everywhere, and offsets lose their point in bf16: compute in float32.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    tensors = [None if t is None else t.to(dtype) for t in (x, offset, weight, bias, mask)]
+    given = x.dtype
+    x, offset, weight = x.to(dtype), offset.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    mask = None if mask is None else mask.to(dtype)
+    one_group = weight.shape[1] == x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        if x.device.type == "cpu" and not _needs_grad(tensors) and weight.shape[1] == x.shape[1]:
-            return deform_conv2d_gather(*tensors, stride, padding, dilation).to(x.dtype)
-        wide, offset, weight, bias, mask = tensors
-        return ops.deform_conv2d(wide, offset, weight, bias, stride, padding, dilation, mask).to(x.dtype)
+        if x.device.type == "cpu" and one_group and not _needs_grad(x, offset, weight, bias, mask):
+            return deform_conv2d_gather(x, offset, weight, bias, mask, stride, padding, dilation).to(given)
+        return ops.deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask).to(given)
 
 
 @torch.no_grad()
@@ -126,7 +129,7 @@ def _corners(
     return (flat * num_groups + group).clamp_(0, height * width * num_groups - 1), share
 
 
-def _needs_grad(tensors: list[Tensor | None]) -> bool:
+def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
