@@ -1,0 +1,20 @@
+"""`sipmask VERB`, `python -m sipmask VERB`; the verb files beside this make `python -m sipmask.VERB` the same."""
+
+import sys
+
+from onestage.cli.app import main as run
+from sipmask.method import METHOD
+
+
+def main() -> None:
+    """Runs the verb that the command line names and leaves with its exit code."""
+    sys.exit(run(METHOD))
+
+
+def run_verb(verb: str) -> None:
+    """Runs one verb with the process's command line and leaves with its exit code."""
+    sys.exit(run(METHOD, verb))
+
+
+if __name__ == "__main__":
+    main()

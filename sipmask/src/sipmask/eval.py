@@ -1,0 +1,6 @@
+"""`python -m sipmask.eval`: AP of weights or of a results file."""
+
+from sipmask.__main__ import run_verb
+
+if __name__ == "__main__":
+    run_verb("eval")
