@@ -1,0 +1,168 @@
+"""Binary cross-entropy of assembled masks, computed in the windows of the boxes only, with its own backward.
+
+D basis maps [h, w]; N instances. A sub-region of an instance is a window with one coefficient set, and that is all the
+computation sees: S = N * rows * columns windows. Windows that nearly coincide (the many locations that answer for one
+instance) share a pass: one matrix product in the union of their windows. Dense autograd keeps about four maps [h, w]
+per window; this keeps one value for each pixel in a window.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onestage.ops.assemble import crop_window, region_splits
+
+PASS_PIXELS = 20_000  # what starting a pass costs, in pixels of one window
+BASIS_PIXELS = 3  # what reading the basis and adding to its gradient costs, likewise
+MAX_PIXELS = 1 << 21  # pixels of a pass; bounds memory
+
+
+def window_mask_loss(
+    basis: Tensor,
+    coefficients: Tensor,
+    boxes: Tensor,
+    masks: Tensor,
+    mask_index: Tensor,
+    *,
+    grid: tuple[int, int] = (1, 1),
+    rule: Literal["half_open", "margin"] = "half_open",
+) -> Tensor:
+    """Sum over each box of the cross-entropy between sigmoid(basis . coefficients) and the mask it answers for.
+
+    Args:
+        basis: [D, h, w].
+        coefficients: [N, rows * columns * D]; the D numbers of sub-region (row, column) start at
+            (row * columns + column) * D.
+        boxes: [N, 4] xyxy, cells of the basis grid, real-valued; gets no gradient.
+        masks: [G, h, w] of 0 and 1, on the basis grid.
+        mask_index: [N] int64 in 0..G-1.
+        grid: (rows, columns) of sub-regions.
+        rule: Which cells a box keeps, see `crop_window`.
+
+    Returns:
+        [N] float32 (float64 if `basis` is), >= 0; 0 for a box without cells. Gradients reach `basis` and
+        `coefficients`, also where N is 0.
+    """
+    kind = torch.float64 if basis.dtype == torch.float64 else torch.float32
+    boxes = boxes.detach()
+    num_regions = grid[0] * grid[1]
+    windows = _region_windows(boxes, crop_window(boxes, (basis.shape[1], basis.shape[2]), rule), grid)
+    weights = coefficients.to(kind).reshape(len(boxes) * num_regions, len(basis))
+    with torch.autocast(basis.device.type, enabled=False):
+        owner = mask_index.repeat_interleave(num_regions)
+        losses: Tensor = _WindowLoss.apply(basis.to(kind), weights, windows, masks, owner, num_regions)
+    return losses.view(len(boxes), num_regions).sum(1)
+
+
+class _WindowLoss(torch.autograd.Function):
+    """basis [D, h, w], weights [S, D], windows [S, 4] int64, masks [G, h, w], mask_index [S] to losses [S]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        basis: Tensor,
+        weights: Tensor,
+        windows: Tensor,
+        masks: Tensor,
+        mask_index: Tensor,
+        num_regions: int,
+    ) -> Tensor:
+        regions = torch.arange(len(windows), device=windows.device) % num_regions
+        passes = _passes(windows, mask_index * num_regions + regions)
+        losses = weights.new_zeros(len(weights))
+        slopes = []
+        for members, (x0, y0, x1, y1) in passes:
+            pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
+            logits = (weights[members] @ pixels).view(-1, y1 - y0, x1 - x0)
+            # Cross-entropy is softplus of the logit with the sign turned where the mask is 1.
+            sign = 1 - 2 * masks[mask_index[members], y0:y1, x0:x1].to(logits.dtype)
+            wrong = logits.mul_(sign)
+            if len(members) > 1:
+                wrong.masked_fill_(_outside(windows[members], x0, y0, x1, y1), -torch.inf)
+            losses[members] = F.softplus(wrong).sum((1, 2))
+            slopes.append(wrong.sigmoid_().mul_(sign).flatten(1))
+        ctx.passes = passes
+        ctx.save_for_backward(basis, weights, *slopes)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        basis, weights, *slopes = ctx.saved_tensors
+        basis_gradient, weights_gradient = torch.zeros_like(basis), torch.zeros_like(weights)
+        with torch.autocast(basis.device.type, enabled=False):
+            for (members, (x0, y0, x1, y1)), slope in zip(ctx.passes, slopes, strict=True):
+                pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
+                scale = upstream[members, None]
+                weights_gradient[members] = (slope @ pixels.T) * scale
+                change = (weights[members] * scale).T @ slope
+                basis_gradient[:, y0:y1, x0:x1] += change.view(-1, y1 - y0, x1 - x0)
+        return basis_gradient, weights_gradient, None, None, None, None
+
+
+def _region_windows(boxes: Tensor, windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[N * rows * columns, 4] int64: the windows cut at the borders of the sub-regions, row by row."""
+    edges = []
+    for axis in (0, 1):
+        start, stop = windows[:, 1 - axis, None], windows[:, 3 - axis, None]
+        splits = region_splits(boxes, axis, grid[axis])
+        inner = start[:, :0] if splits is None else torch.minimum(torch.maximum(splits, start), stop)
+        edges.append(torch.cat((start, inner, stop), 1))
+    y, x = edges
+    y0, x0 = torch.broadcast_tensors(y[:, :-1, None], x[:, None, :-1])
+    y1, x1 = torch.broadcast_tensors(y[:, 1:, None], x[:, None, 1:])
+    return torch.stack((x0, y0, x1, y1), -1).view(-1, 4)
+
+
+def _passes(windows: Tensor, key: Tensor) -> list[tuple[Tensor, tuple[int, int, int, int]]]:
+    """Which windows share a pass: all of them, those of one key, or none; whatever costs least.
+
+    Args:
+        windows: [S, 4] int64.
+        key: [S] int64, equal where windows are likely to coincide.
+
+    Returns:
+        Members [n] int64 of each pass and the union of their windows; windows without pixels are in none.
+    """
+    ends = windows.tolist()
+    groups: dict[int, list[int]] = {}
+    for i, (group, (x0, y0, x1, y1)) in enumerate(zip(key.tolist(), ends, strict=True)):
+        if x1 > x0 and y1 > y0:
+            groups.setdefault(group, []).append(i)
+    plan = []
+    for members in groups.values():
+        alone = [[i] for i in members]
+        plan += min([members], alone, key=lambda split: sum(_cost(part, ends) for part in split))
+    together = [[i for members in groups.values() for i in members]] if groups else []
+    plan = min(plan, together, key=lambda split: sum(_cost(part, ends) for part in split))
+    passes = []
+    for members in plan:
+        x0, y0, x1, y1 = window = _union(members, ends)
+        step = max(1, MAX_PIXELS // ((x1 - x0) * (y1 - y0)))
+        for start in range(0, len(members), step):
+            passes.append((torch.tensor(members[start : start + step], device=windows.device), window))
+    return passes
+
+
+def _cost(members: list[int], ends: list[list[int]]) -> int:
+    x0, y0, x1, y1 = _union(members, ends)
+    return PASS_PIXELS + (x1 - x0) * (y1 - y0) * (len(members) + BASIS_PIXELS)
+
+
+def _union(members: list[int], ends: list[list[int]]) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = zip(*(ends[i] for i in members), strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+def _outside(windows: Tensor, x0: int, y0: int, x1: int, y1: int) -> Tensor:
+    """[n, y1 - y0, x1 - x0] bool, true outside each window."""
+    x = torch.arange(x0, x1, device=windows.device)
+    y = torch.arange(y0, y1, device=windows.device)
+    left, top, right, bottom = windows[:, :, None].unbind(1)
+    columns = (x >= left) & (x < right)
+    rows = (y >= top) & (y < bottom)
+    return ~(rows[:, :, None] & columns[:, None, :])
