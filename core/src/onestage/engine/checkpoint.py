@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from onestage.errors import MachineError, WeightsError, some
 
-CHECKPOINT_FORMAT = "onestage-training-1"
+FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-1"}
 METADATA_KEY = "onestage"
 
 
@@ -99,7 +99,7 @@ def load_weights(path: str | Path, *, package: str | None = None) -> tuple[dict[
         info = WeightsInfo.from_json(metadata[METADATA_KEY])
     else:
         content = _read_content(path, kind)
-        if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        if not isinstance(content, dict) or content.get("format") != FORMATS["training"]:
             raise _foreign(path, package)
         state, info = content["ema"] or content["model"], WeightsInfo.from_json(content["info"])
     if package is not None and info.package != package:
@@ -200,32 +200,35 @@ def load_into(
     return restarted
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes training state atomically; the previous file stays until the new one has been read back.
+def save_checkpoint(path: str | Path, state: dict[str, Any], kind: Literal["training", "crash"] = "training") -> None:
+    """Writes the state of a run atomically; the previous file stays until the new one has been read back.
 
     Args:
         path: Usually `last.ckpt`.
         state: Nested dict, list, tuple of str, int, float, bool, None and Tensor, nothing else: safe loading refuses
             the rest.
+        kind: What `load_checkpoint` will be asked for.
 
     Raises:
         MachineError: no space.
     """
     _check_plain(state, "checkpoint")
     buffer = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
+    torch.save({"format": FORMATS[kind], **state}, buffer)
     write_atomically(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads training state that `save_checkpoint` wrote; tensors arrive on the CPU."""
+def load_checkpoint(path: str | Path, kind: Literal["training", "crash"] = "training") -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote; tensors arrive on the CPU."""
     path = Path(path)
-    kind = _sniff(path, None)
-    content = None if kind == "safetensors" else _read_content(path, kind)
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+    content_kind = _sniff(path, None)
+    content = None if content_kind == "safetensors" else _read_content(path, content_kind)
+    if not isinstance(content, dict) or content.get("format") != FORMATS[kind]:
         raise WeightsError(
-            f"'{path}' is not a training checkpoint of this program, so there is nothing to resume",
-            "give --resume the last.ckpt of a run; plain weights go to --weights",
+            f"'{path}' is not a {kind} checkpoint of this program",
+            "give --resume the last.ckpt of a run; plain weights go to --weights"
+            if kind == "training"
+            else "give --replay a crash-<step>.pt of a run",
         )
     return content
 

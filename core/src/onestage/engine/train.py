@@ -1,0 +1,644 @@
+"""The training loop: plain PyTorch, one process or several, resumable bit for bit.
+
+`train` is the story; the rest of the file is its parts in order. What a resumed run needs besides tensors is the
+position (step, epoch, batch): random generators are set from it before each batch (`guard.seed_step`), the sampler
+continues from it, the learning rate is a function of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from onestage.config import ScheduleConfig
+from onestage.data.loader import ResumableSampler, make_loader
+from onestage.engine import distributed
+from onestage.engine.checkpoint import (
+    WeightsInfo,
+    load_checkpoint,
+    load_into,
+    save_checkpoint,
+    save_weights,
+    write_atomically,
+)
+from onestage.engine.evaluate import evaluate
+from onestage.engine.guard import Suspect, autocast, seed_step
+from onestage.engine.journal import Journal
+from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
+from onestage.errors import DatasetError, MachineError, UsageError, some
+from onestage.structures import Target
+
+LOG = logging.getLogger("onestage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to run, as opposed to what to train (the config).
+
+    Args:
+        device: auto, cpu, cuda, cuda:N.
+        precision: bf16 runs the model under autocast.
+        seed: Order of the data, augmentation and every draw while training; the model is built before.
+        deterministic: Ask the GPU for deterministic algorithms too; the CPU always uses them.
+        workers: Processes that load data; None: none on a small CPU, where they would compete with the model.
+        accumulate: Batches per step; the schedule's batch size is divided among them and the processes.
+        eval_every: Steps between evaluations; None: each epoch, or a tenth of a schedule in steps; 0: at the end only.
+        save_every: Steps between checkpoints; None and 0 as above.
+        log_every: Steps between rows of metrics.
+        resume: A last.ckpt to go on from.
+        stop_after: Stop, saved and resumable, once this many steps are done.
+        nan_policy: What a loss that is not finite does: stop the run, or skip the step.
+        metric: The number that decides which weights are the best.
+        eval_batch: Images per forward pass of an evaluation.
+        progress: Show bars on stderr.
+    """
+
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    deterministic: bool = False
+    workers: int | None = None
+    accumulate: int = 1
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 20
+    resume: Path | None = None
+    stop_after: int | None = None
+    nan_policy: Literal["stop", "skip"] = "stop"
+    metric: str = "segm/AP"
+    eval_batch: int = 1
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Args:
+        steps: Updates done.
+        metrics: Of the last evaluation; empty without one.
+        best_metrics: Of the evaluation whose weights are in `weights`.
+        best_step: When that was.
+        seconds: This call took.
+        weights: best.safetensors.
+        checkpoint: last.ckpt.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    best_metrics: dict[str, float]
+    best_step: int
+    seconds: float
+    weights: Path
+    checkpoint: Path
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and saved.
+
+    Args:
+        signal_number: Which.
+        checkpoint: Where to go on from.
+        step: Updates done.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path, step: int):
+        self.signal = signal.Signals(signal_number).name
+        self.exit_code = 128 + signal_number
+        self.checkpoint = checkpoint
+        self.step = step
+        super().__init__(f"stopped by {self.signal} after step {step}; saved to {checkpoint}")
+
+
+def train(
+    model: nn.Module,
+    config: Any,
+    train_set: Any,
+    val_set: Any | None,
+    options: TrainOptions,
+    folder: Path,
+    *,
+    info: WeightsInfo,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Trains `model` by `config.schedule` and leaves metrics, checkpoint and best weights in `folder`.
+
+    With torchrun's environment, call `distributed.start` first and `train` in every process.
+
+    Args:
+        model: In train mode `model(images, targets)` gives a dict of scalar losses, in eval mode `model.detect`.
+        config: The method's config, of which `schedule` and `input` count here.
+        train_set: As CocoDataset.
+        val_set: The same, or None to go without evaluation; then the last weights are the best.
+        options: How to run.
+        folder: For metrics.csv, metrics.jsonl, last.ckpt, best.safetensors, results.json and crash files.
+        info: What the weights are; steps and metrics are filled in.
+        callback: Gets each row of metrics, in process 0.
+
+    Raises:
+        Interrupted: a signal ended the run early, saved.
+        NonFiniteLoss: a loss was not finite and `nan_policy` is "stop".
+        UsageError, MachineError, WeightsError, DatasetError: as their texts say.
+    """
+    started = time.perf_counter()
+    run = _Run(model, config, train_set, val_set, options, folder, info, callback)
+    run.announce()
+    run.loop()
+    state = run.state
+    seconds = time.perf_counter() - started
+    return TrainResult(
+        state.step, state.metrics, state.best_metrics, state.best_step, seconds, run.best_file, run.last_file
+    )
+
+
+@dataclass
+class _State:
+    """Where a run stands; everything in it is saved."""
+
+    step: int = 0  # updates done
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that this process has taken
+    epoch_loss: float = 0.0  # sum over them
+    skipped: int = 0  # steps without an update, nan_policy "skip"
+    plateau: Plateau = field(default_factory=Plateau)
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    best_value: float = -math.inf
+    best_step: int = 0
+
+
+class _Run:
+    """Everything one run holds; `loop` is the training loop, `update` one step of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        train_set: Any,
+        val_set: Any | None,
+        options: TrainOptions,
+        folder: Path,
+        info: WeightsInfo,
+        callback: Callable[[dict[str, Any]], None] | None,
+    ):
+        self.schedule: ScheduleConfig = config.schedule
+        self.train_set, self.val_set = train_set, val_set
+        self.options, self.info, self.folder, self.callback = options, info, folder, callback
+        self.last_file, self.best_file = folder / "last.ckpt", folder / "best.safetensors"
+        self.device = _device(options)
+        self.rank = distributed.rank()
+        self.micro_batch = _micro_batch(self.schedule, options, train_set)
+        self.workers = _default_workers(self.device) if options.workers is None else options.workers
+        self.sampler = ResumableSampler(
+            train_set.aspect_ratios,
+            self.micro_batch,
+            seed=options.seed,
+            rank=self.rank,
+            world=distributed.world_size(),
+        )
+        self.loader = make_loader(train_set, config.input, sampler=self.sampler, workers=self.workers)
+        self.steps_per_epoch = len(self.sampler) / options.accumulate
+        self.total = total_steps(self.schedule, self.steps_per_epoch)
+        self.eval_every = _interval(options.eval_every, self.schedule, self.steps_per_epoch)
+        self.save_every = _interval(options.save_every, self.schedule, self.steps_per_epoch)
+
+        self.model = model.to(self.device)
+        self.optimizer = make_optimizer(model, self.schedule)
+        self.average = None if self.schedule.ema is None else AveragedModel(model, multi_avg_fn=_ema(self.schedule.ema))
+        self.state = _State()
+        if options.resume is not None:
+            self.restore(options.resume)
+        self.network = _distributed(model, self.device)
+        self.window = _Window()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(folder, self.state.step, writes=distributed.rank_zero())
+
+    def loop(self) -> None:
+        options, state = self.options, self.state
+        end = min(self.total, options.stop_after or self.total)
+        started = state.step
+        with (
+            _deterministic(options, self.device),
+            _explained_out_of_memory(self.device),
+            _Signals() as signals,
+            self.progress_bar() as bar,
+        ):
+            batches = _endless(self.loader, self.sampler, state.epoch, state.batch)
+            begin = time.perf_counter()
+            while state.step < end:
+                lr = lr_at(state.step, self.steps_per_epoch, self.schedule) * state.plateau.factor
+                loss, stop = self.update(batches, lr, signals)
+                state.step += 1
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+                if state.step == started + 1:
+                    self.announce_first_step(time.perf_counter() - begin, end - state.step)
+                if state.step % options.log_every == 0 or state.step == end:
+                    self.report({"lr": lr, **self.window.means()})
+                    self.window = _Window()
+                if state.step == self.total or _due(state.step, self.eval_every):
+                    self.judge()
+                if state.step == end or stop or _due(state.step, self.save_every):
+                    self.save()
+                if stop and state.step < self.total:
+                    raise Interrupted(signals.number or signal.SIGTERM, self.last_file, state.step)
+
+    def update(self, batches: Iterator[_Position], lr: float, signals: _Signals) -> tuple[float, bool]:
+        """One optimiser step; returns the loss and whether any process was told to stop."""
+        options, state, schedule = self.options, self.state, self.schedule
+        set_lr(self.optimizer, lr)
+        self.network.train()
+        loss, stop = 0.0, False
+        for part in range(options.accumulate):
+            state.epoch, state.batch, images, targets = next(batches)
+            images = [image.to(self.device, non_blocking=True) for image in images]
+            targets = [target.to(self.device) for target in targets]
+            seed = (options.seed, self.rank, state.step * options.accumulate + part)
+            seed_step(*seed)
+            with _gradients_meet(self.network, part == options.accumulate - 1):
+                with autocast(self.device, options.precision):
+                    losses: dict[str, Tensor] = self.network(images, targets)
+                terms, stop = _read(losses, signals)
+                if not all(map(math.isfinite, terms.values())):
+                    suspect = Suspect(images, targets, seed, state.step, lr, schedule.batch_size, options.precision)
+                    self.refuse(suspect, losses, terms)
+                    self.optimizer.zero_grad(set_to_none=True)
+                    state.skipped += 1
+                    return math.nan, stop
+                (torch.stack(list(losses.values())).sum() / options.accumulate).backward()
+            loss += sum(terms.values()) / options.accumulate
+            self.window.add(terms, len(images) * distributed.world_size())
+            self.note_batch(sum(terms.values()))
+        if schedule.clip_norm is not None:
+            self.window.add_norm(nn.utils.clip_grad_norm_(self.model.parameters(), schedule.clip_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss, stop
+
+    def note_batch(self, loss: float) -> None:
+        """Keeps the epoch's mean loss, by which the plateau schedule decides."""
+        self.state.epoch_loss += loss
+        if self.state.batch == len(self.sampler):
+            if self.schedule.policy == "plateau":
+                self.state.plateau.observe(self.state.epoch_loss / self.state.batch, self.schedule.gamma)
+            self.state.epoch_loss = 0.0
+
+    def judge(self) -> None:
+        """Evaluates; keeps the weights if they are the best so far."""
+        state, learned = self.state, self.model if self.average is None else self.average.module
+        value = 0.0
+        if self.val_set is not None:
+            state.metrics, results = evaluate(
+                learned,
+                self.val_set,
+                precision=self.options.precision,
+                workers=self.workers,
+                batch_size=self.options.eval_batch,
+                progress=self.options.progress,
+            )
+            self.report(state.metrics)
+            if self.options.metric not in state.metrics:
+                raise UsageError(f"metric '{self.options.metric}' is unknown", f"use one of {', '.join(state.metrics)}")
+            value = state.metrics[self.options.metric]
+            say(f"step {state.step}: " + ", ".join(f"{name} {state.metrics[name]:.3f}" for name in _headline(state)))
+            if distributed.rank_zero():
+                write_atomically(self.folder / "results.json", json.dumps(results).encode())
+        if self.val_set is None or value > state.best_value or state.best_step == 0:
+            state.best_value, state.best_step, state.best_metrics = value, state.step, state.metrics
+            if distributed.rank_zero():
+                info = replace(self.info, steps=state.step, metrics=state.metrics)
+                save_weights(self.best_file, learned.state_dict(), info)
+
+    def report(self, row: dict[str, Any]) -> None:
+        row = {"step": self.state.step, "epoch": round(self.state.step / self.steps_per_epoch, 4), **row}
+        self.journal.add(row)
+        if self.callback is not None and distributed.rank_zero():
+            self.callback(row)
+
+    def refuse(self, suspect: Suspect, losses: dict[str, Tensor], terms: dict[str, float]) -> None:
+        """Deals with a loss that is not finite in some process: raises, or returns to have the step skipped."""
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if self.options.nan_policy == "skip":
+            say(str(suspect.error(bad, None).what) + "; step skipped", logging.WARNING)
+            return
+        mine = [name for name, value in losses.items() if not math.isfinite(float(value.detach()))]
+        path = self.folder / (f"crash-{suspect.step}.pt" if self.rank == 0 else f"crash-{suspect.step}-{self.rank}.pt")
+        if mine:
+            suspect.save(path, self.model)
+        raise suspect.error(mine or bad, path if mine else None)
+
+    def save(self) -> None:
+        """Writes last.ckpt from process 0; the state is the same in all, but for their random generators, which follow
+        from the position."""
+        if distributed.rank_zero():
+            save_checkpoint(
+                self.last_file,
+                {
+                    "state": asdict(self.state),
+                    "fingerprint": self.fingerprint(),
+                    "model": self.model.state_dict(),
+                    "ema": None if self.average is None else self.average.module.state_dict(),
+                    "ema_updates": 0 if self.average is None else int(self.average.n_averaged),
+                    "optimizer": self.optimizer.state_dict(),
+                    "info": replace(self.info, steps=self.state.step, metrics=self.state.metrics).to_json(),
+                },
+            )
+        distributed.barrier()
+
+    def restore(self, path: Path) -> None:
+        """Takes up a run where last.ckpt left it."""
+        saved = load_checkpoint(path)
+        for name, now in self.fingerprint().items():
+            if saved["fingerprint"].get(name) != now:
+                raise UsageError(
+                    f"'{path}' was made with {name} {saved['fingerprint'].get(name)}, this run has {now}",
+                    "resume with the same, or start a new run from its weights with --weights",
+                )
+        info = WeightsInfo.from_json(saved["info"])
+        load_into(self.model, saved["model"], info, categories=self.info.categories, dataset=self.info.source)
+        if self.average is not None:
+            load_into(self.average.module, saved["ema"], info)
+            self.average.n_averaged.fill_(saved["ema_updates"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:
+            raise UsageError(
+                f"'{path}' groups parameters otherwise than this run ({error})", "resume with the config of that run"
+            ) from error
+        self.state = _State(**{**saved["state"], "plateau": Plateau(**saved["state"]["plateau"])})
+        say(f"resumed from {path} after step {self.state.step}")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not change when a run is resumed, because the position in the data or the tensors depend on it."""
+        return {
+            "seed": self.options.seed,
+            "processes": distributed.world_size(),
+            "accumulation": self.options.accumulate,
+            "batch size": self.schedule.batch_size,
+            "training images": len(self.train_set),
+            "optimizer": self.schedule.optimizer,
+            "EMA": self.schedule.ema is not None,
+        }
+
+    def announce(self) -> None:
+        """Says what is about to happen, and checks that the disk can hold it."""
+        schedule, options, model = self.schedule, self.options, self.model
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        bytes_of_model = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        copies = 1 + (1 if schedule.optimizer == "sgd" else 2) + (schedule.ema is not None)
+        needed = bytes_of_model * (2 * copies + 2)  # the new and the previous checkpoint, and weights twice
+        free = shutil.disk_usage(self.folder).free
+        names = [name for _, name in self.train_set.categories]
+        images = f"{len(self.train_set)} images, {len(names)} categories ({some(names)})"
+        held_out = "no validation" if self.val_set is None else f"validation {len(self.val_set)} images"
+        say(f"device {_device_name(self.device)}, {options.precision}, {self.workers} loader workers")
+        say(f"data {images}; {held_out}")
+        say(
+            f"model {learning / 1e6:.2f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters learn"
+        )
+        say(
+            f"batch {schedule.batch_size} = {self.micro_batch} per process x {distributed.world_size()} processes x "
+            f"{options.accumulate} accumulated; {schedule.optimizer}, learning rate {schedule.lr:g} ({schedule.policy})"
+        )
+        say(f"{self.total} steps of {schedule.batch_size} images, {self.total / self.steps_per_epoch:.1f} epochs")
+        say(f"disk {needed / 1e6:.0f} MB needed in {self.folder}, {free / 1e6:.0f} MB free")
+        if needed > free:
+            raise MachineError(
+                f"no space for checkpoints in '{self.folder}': {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
+                "free some space, or give --output a folder on another disk",
+            )
+
+    def announce_first_step(self, seconds: float, steps_left: int) -> None:
+        say(
+            f"first step took {seconds:.2f} s, peak memory {_peak_memory(self.device) / 1e9:.2f} GB; "
+            f"at that pace {steps_left} more steps take {_duration(seconds * steps_left)}"
+        )
+
+    def progress_bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.total,
+            initial=self.state.step,
+            desc="train",
+            unit="step",
+            disable=not (self.options.progress and distributed.rank_zero()),
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            smoothing=0.05,
+        )
+
+
+def say(message: str, level: int = logging.INFO) -> None:
+    """Logs from process 0, above the progress bar if one is shown."""
+    if distributed.rank_zero():
+        with tqdm.external_write_mode(file=sys.stderr):
+            LOG.log(level, message)
+
+
+_Position = tuple[int, int, Sequence[Tensor], Sequence[Target]]
+
+
+def _endless(loader: Any, sampler: ResumableSampler, epoch: int, batch: int) -> Iterator[_Position]:
+    """Epoch after epoch from a position on: (epoch, batches of it taken so far, images, targets)."""
+    while True:
+        sampler.load_state_dict({"epoch": epoch, "batch": batch})
+        for images, targets in loader:
+            batch += 1
+            yield epoch, batch, images, targets
+        epoch, batch = epoch + 1, 0
+
+
+def _read(losses: dict[str, Tensor], signals: _Signals) -> tuple[dict[str, float], bool]:
+    """The terms as numbers, averaged over processes, and whether any process was told to stop; one synchronisation."""
+    values = torch.stack([value.detach().float() for value in losses.values()])
+    if distributed.world_size() == 1:
+        return dict(zip(losses, values.tolist(), strict=True)), signals.number is not None
+    told = values.new_tensor([float(signals.number is not None)])
+    *means, stop = distributed.reduce_mean(torch.cat([values, told])).tolist()
+    return dict(zip(losses, means, strict=True)), stop > 0
+
+
+class _Window:
+    """Means of the loss terms since the last row of metrics, and the pace."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.batches = self.images = 0
+        self.norms: list[Tensor] = []
+        self.started = time.perf_counter()
+
+    def add(self, terms: dict[str, float], images: int) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.batches += 1
+        self.images += images
+
+    def add_norm(self, norm: Tensor) -> None:
+        self.norms.append(norm.detach())  # read when the row is written, not now: that would wait for the GPU
+
+    def means(self) -> dict[str, float]:
+        means = {name: value / self.batches for name, value in self.sums.items()}
+        row = {"loss": sum(means.values()) if means else math.nan, **means}
+        if self.norms:
+            row["grad_norm"] = float(torch.stack(self.norms).mean())
+        row["images_per_second"] = round(self.images / (time.perf_counter() - self.started), 2)
+        return row
+
+
+class _Signals:
+    """While active, SIGINT and SIGTERM are noted instead of obeyed; a second SIGINT is obeyed."""
+
+    number: int | None = None
+
+    def __enter__(self) -> _Signals:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@contextlib.contextmanager
+def _deterministic(options: TrainOptions, device: torch.device) -> Iterator[None]:
+    """Same seed, same weights: always on the CPU, where it costs nothing; on a GPU when asked for."""
+    if device.type != "cpu" and not options.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _explained_out_of_memory(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        now, peak = torch.cuda.memory_allocated(device) / 1e9, torch.cuda.max_memory_allocated(device) / 1e9
+        raise MachineError(
+            f"GPU memory ran out: {now:.1f} GB in use, {peak:.1f} GB at the peak",
+            "add --accumulate 2 (smaller batches, same total), --precision bf16, or a smaller --size",
+        ) from error
+
+
+def _device(options: TrainOptions) -> torch.device:
+    device = distributed.pick_device(options.device)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        return torch.device("cuda", torch.cuda.current_device())  # `distributed.start` chose it
+    return device
+
+
+def _micro_batch(schedule: ScheduleConfig, options: TrainOptions, train_set: Any) -> int:
+    """Images per process and forward pass."""
+    if len(train_set) == 0:
+        raise DatasetError("no image is left to train on", "check the annotations; --no-drop-empty keeps empty images")
+    parts = distributed.world_size() * options.accumulate
+    if schedule.batch_size % parts or schedule.batch_size < parts:
+        raise UsageError(
+            f"batch size {schedule.batch_size} cannot be divided among {distributed.world_size()} processes x "
+            f"{options.accumulate} accumulated batches",
+            f"use --batch-size {max(1, round(schedule.batch_size / parts)) * parts}",
+        )
+    return schedule.batch_size // parts
+
+
+def _default_workers(device: torch.device) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores // 2) if device.type == "cuda" or cores > 4 else 0
+
+
+def _interval(wanted: int | None, schedule: ScheduleConfig, steps_per_epoch: float) -> int:
+    """Steps between two events of a kind; 0 for none before the end."""
+    if wanted is not None:
+        return wanted
+    return max(1, round(steps_per_epoch) if schedule.unit == "epochs" else schedule.length // 10)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    if distributed.world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _gradients_meet(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
+    """Processes exchange gradients only after the last batch of a step."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def _ema(decay: float) -> Callable[..., None]:
+    """Exponential average whose first updates count more: decay rises to its value as (1 + n) / (10 + n)."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
+        done = int(updates)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + done) / (10 + done)))
+
+    return update
+
+
+def _headline(state: _State) -> list[str]:
+    return [name for name in ("bbox/AP", "segm/AP", "segm/AP50") if name in state.metrics]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)}), {distributed.world_size()} processes"
+    return f"{device} ({torch.get_num_threads()} threads), {distributed.world_size()} processes"
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # only where the platform has it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

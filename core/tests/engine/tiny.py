@@ -1,0 +1,164 @@
+"""A model that trains in milliseconds, its data, and a run of it that other processes can start.
+
+`python tiny.py FOLDER '{"seed": 1}' '{"ema": 0.9}'` trains with those options and schedule fields; the key `kill_at`
+among the options makes the process kill itself, unannounced, after that step.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from onestage.config import InputConfig, ScheduleConfig
+from onestage.engine import distributed
+from onestage.engine.checkpoint import WeightsInfo
+from onestage.engine.train import TrainOptions, train
+from onestage.masks import Masks
+from onestage.structures import Detections, Target
+
+SIZE = 16
+CATEGORIES = ((3, "left"), (5, "right"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    num_classes: int = 2
+    input: InputConfig = field(default_factory=lambda: InputConfig(augmentation="flip"))
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(
+            lr=0.05, batch_size=4, unit="steps", length=12, policy="cosine", clip_norm=5.0
+        )
+    )
+
+
+class TinyModel(nn.Module):
+    """Says where the bright square is; dropout and batch norm make it depend on every random draw."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU())
+        self.dropout = nn.Dropout(0.1)
+        self.box = nn.Linear(4 * 16, 4)
+        self.logits = nn.Linear(4 * 16, config.num_classes)
+
+    def features(self, images):
+        pixels = torch.stack([image.float() / 255 for image in images])
+        pixels = pixels + 0.01 * torch.randn(pixels.shape[0], 1, 1, 1) * self.training
+        return self.dropout(self.backbone(pixels).flatten(1))
+
+    def forward(self, images, targets):
+        features = self.features(images)
+        box = nn.functional.smooth_l1_loss(self.box(features), torch.cat([t.boxes for t in targets]) / SIZE)
+        cls = nn.functional.cross_entropy(self.logits(features), torch.cat([t.labels for t in targets]))
+        return {"loss_cls": cls, "loss_box": box * 10}
+
+    @torch.no_grad()
+    def detect(self, images, masks=True):
+        assert not self.training
+        features = self.features(images)
+        found = []
+        for box, logits in zip(self.box(features) * SIZE, self.logits(features).softmax(-1), strict=True):
+            box = torch.cat([box[:2].clamp(0, SIZE - 2), torch.maximum(box[2:], box[:2] + 1).clamp(1, SIZE)])
+            dense = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+            left, top, right, bottom = box.round().int().tolist()
+            dense[0, top:bottom, left:right] = True
+            score, label = logits.max(0)
+            found.append(Detections((SIZE, SIZE), box[None], score[None], label[None], Masks.from_bool(dense)))
+        return found
+
+
+class TinySet:
+    """Squares on noise, in memory, with CocoDataset's interface."""
+
+    categories = CATEGORIES
+
+    def __init__(self, length=10, first=0):
+        self.image_ids = [first + index for index in range(length)]
+        self.aspect_ratios = [1.0] * length
+        self.image_sizes = [(SIZE, SIZE)] * length
+        self.skipped = []
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(self.image_ids[index])
+        image = torch.randint(0, 60, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+        side = int(torch.randint(4, 9, (), generator=generator))
+        left, top = (int(torch.randint(0, SIZE - side, (), generator=generator)) for _ in range(2))
+        image[:, top : top + side, left : left + side] += 150
+        masks = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+        masks[0, top : top + side, left : left + side] = 1
+        box = torch.tensor([[left, top, left + side, top + side]], dtype=torch.float32)
+        label = torch.tensor([int(left + side / 2 > SIZE / 2)])
+        return image, Target(box, label, masks, torch.zeros(1, dtype=torch.bool), self.image_ids[index])
+
+    def coco_gt(self):
+        from pycocotools.coco import COCO
+
+        annotations = []
+        for index, image_id in enumerate(self.image_ids):
+            _, target = self[index]
+            x1, y1, x2, y2 = target.boxes[0].tolist()
+            rle = Masks.from_bool(target.masks).to_rle()[0]
+            annotations.append(
+                {
+                    "id": index + 1,
+                    "image_id": image_id,
+                    "category_id": CATEGORIES[int(target.labels[0])][0],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "segmentation": rle,
+                }
+            )
+        gt = COCO()
+        gt.dataset = {
+            "images": [{"id": image_id, "height": SIZE, "width": SIZE} for image_id in self.image_ids],
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for number, name in CATEGORIES],
+        }
+        stdout, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115 - pycocotools prints
+        gt.createIndex()
+        sys.stdout.close()
+        sys.stdout = stdout
+        return gt
+
+
+def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=None, model=None, callback=None):
+    """Trains a freshly built tiny model; returns it and the result."""
+    config = TinyConfig()
+    config = replace(config, schedule=replace(config.schedule, **(schedule or {})))
+    torch.manual_seed(7)
+    model = model or TinyModel(config)
+    options = TrainOptions(**{"device": "cpu", "progress": False, "log_every": 1, **(options or {})})
+    info = WeightsInfo(package="tiny", config=asdict(config), categories=CATEGORIES, source="squares")
+    train_set = train_set or TinySet()
+    result = train(model, config, train_set, val_set, options, Path(folder), info=info, callback=callback)
+    return SimpleNamespace(model=model, result=result)
+
+
+def main(folder, options="{}", schedule="{}"):
+    options = json.loads(options)
+    kill_at = options.pop("kill_at", None)
+    if "resume" in options:
+        options["resume"] = Path(options["resume"])
+
+    def kill(row):
+        if row["step"] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    distributed.start("cpu")
+    run_tiny(folder, options, json.loads(schedule), val_set=TinySet(6, first=100), callback=kill)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
