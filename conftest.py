@@ -1,6 +1,7 @@
 """What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, a device."""
 
 import gzip
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,13 @@ import torch
 
 ROOT = Path(__file__).parent
 SHARED = ROOT.parent / "shared"
+
+# pytest names sipmask/tests/test_x.py `sipmask.tests.test_x` and would take the folder for the package `sipmask`,
+# unless the package is there already.
+for project in ROOT.glob("*/pyproject.toml"):
+    name = project.parent.name
+    if (project.parent / "src" / name).is_dir():
+        importlib.import_module(name)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from onestage.nn import fcos
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
 from onestage.ops.mask_loss import window_mask_loss
 from onestage.structures import ImageFrame, Target
+from onestage.testing import dense_soft_masks
 from sipmask.config import R50, R50_FC, R50_RT_6X, InferenceConfig
 from sipmask.convert import convert_head, head_keys, rename
 from sipmask.decode import assemble, select
@@ -57,20 +58,28 @@ def test_masks_equal_the_thresholded_up_sampling(golden):
         assert not differing.any()
 
 
-def test_mask_loss_equals_bce_of_the_cropped_truth_and_has_the_kernels_gradients(golden):
+def test_mask_loss_and_its_gradients_are_those_of_the_kernel(golden):
     case = golden("sipmask_smp")
-    basis, coefficients = case["basis"].clone().requires_grad_(), case["cof"].clone().requires_grad_()
+    basis, coefficients = case["basis"].requires_grad_(), case["cof"].requires_grad_()
     boxes, truth = case["boxes_mask_px"], case["gt_half"].permute(2, 0, 1)
-    sums = window_mask_loss(basis, coefficients, boxes, truth, torch.arange(len(boxes)), grid=(2, 2))
-    pruned, cropped = case["pruned"].double(), case["gt_cropped"].double()
-    assert_close(sums.double(), F.binary_cross_entropy(pruned, cropped, reduction="none").sum((0, 1)), rtol=1e-4, atol=1e-4)
-
-    # d(loss) / d(map) of BCE is (p - g) / (p (1 - p)); feeding the kernel's own upstream gradient back through the
-    # soft maps must give the kernel's gradients.
-    soft = assemble_soft(basis, coefficients, crop_window(boxes, tuple(basis.shape[1:])), boxes=boxes, grid=(2, 2))
-    grads = torch.autograd.grad((soft.permute(1, 2, 0) * case["upstream_grad"]).sum(), (basis, coefficients))
-    assert_close(grads[0], case["grad_basis"], atol=1e-4, rtol=1e-4)
-    assert_close(grads[1], case["grad_cof"], atol=1e-4, rtol=1e-4)
+    # The dense formula has the kernel's gradients for the stored upstream gradient ..
+    soft = dense_soft_masks(basis, coefficients, boxes, grid=(2, 2))
+    upstream = case["upstream_grad"].permute(2, 0, 1)
+    kernel = torch.autograd.grad((soft * upstream).sum(), (basis, coefficients), retain_graph=True)
+    assert_close(kernel[0], case["grad_basis"], atol=1e-4, rtol=1e-4)
+    assert_close(kernel[1], case["grad_cof"], atol=1e-4, rtol=1e-4)
+    # .. and the window loss equals cross-entropy of it against the cropped truth, gradients included.
+    cropped = case["gt_cropped"].permute(2, 0, 1).float()
+    dense = F.binary_cross_entropy(soft, cropped, reduction="none").sum((1, 2))
+    window = window_mask_loss(basis, coefficients, boxes, truth, torch.arange(len(boxes)), grid=(2, 2))
+    assert_close(window, dense, atol=1e-4, rtol=1e-4)
+    weights = torch.linspace(0.5, 1.5, len(boxes))
+    for ours, theirs in zip(
+        torch.autograd.grad((window * weights).sum(), (basis, coefficients)),
+        torch.autograd.grad((dense * weights).sum(), (basis, coefficients)),
+        strict=True,
+    ):
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

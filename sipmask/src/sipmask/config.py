@@ -79,9 +79,7 @@ SCHEDULE_RT_6X = ScheduleConfig(
     warmup="linear", batch_size=32, length=72, milestones=(60, 69), min_size=32, drop_empty=True
 )
 SCHEDULE_RT_10X = replace(SCHEDULE_RT_6X, length=120, milestones=(100, 115))
-SCHEDULE_FC_1X = replace(
-    SCHEDULE_1X, unit="steps", length=90_000, milestones=(60_000, 80_000), bias_rule_also=()
-)
+SCHEDULE_FC_1X = replace(SCHEDULE_1X, unit="steps", length=90_000, milestones=(60_000, 80_000), bias_rule_also=())
 
 R101 = BackboneConfig(name="resnet101", stride_in_1x1=True)
 

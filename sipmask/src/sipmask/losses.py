@@ -57,7 +57,8 @@ def classification_loss(logits: Tensor, labels: Tensor, num_positives: Tensor, c
         normaliser = reduce_mean(num_positives).clamp(min=1.0)
     else:
         normaliser = _maybe_reduce(num_positives + len(logits), config)
-    return sigmoid_focal(logits, labels, alpha=config.focal_alpha, gamma=config.focal_gamma) / normaliser
+    total = sigmoid_focal(logits.flatten(0, 1), labels.flatten(), config.focal_alpha, config.focal_gamma)
+    return total / normaliser
 
 
 def box_loss(distances: Tensor, ltrb: Tensor, strides: Tensor, centerness: Tensor, config: SipMaskConfig) -> Tensor:

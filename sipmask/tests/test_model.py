@@ -1,0 +1,183 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from onestage.errors import UsageError
+from sipmask.config import DEMO, R50, R50_RT_6X
+from sipmask.model import SipMask
+
+TINY = replace(DEMO, inference=replace(DEMO.inference, score_threshold=0.0))
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=generator) for _ in range(2)]
+
+
+def _model(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    return SipMask(config)
+
+
+def _target(labels, size=(96, 128)):
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 40.0], [50.0, 20.0, 110.0, 80.0]])[: len(labels)]
+    masks = torch.zeros(len(labels), *size, dtype=torch.uint8)
+    for mask, box in zip(masks, boxes.long().tolist(), strict=True):
+        mask[box[1] : box[3], box[0] : box[2]] = 1
+    return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "masks": masks}
+
+
+def test_training_gives_four_finite_losses_and_moves_every_parameter(images):
+    model = _model().train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # the offset conv starts at zero and learns from the second step on
+        losses = model(images, [_target([0, 1]), _target([2])])
+        assert set(losses) == {"loss_cls", "loss_box", "loss_centerness", "loss_mask"}
+        assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    # Boxes of 64 px have their positives on P3 alone: the coarser levels' scales have nothing to learn from.
+    assert set(unmoved) == {f"head.scales.{level}.scale" for level in (1, 2, 3, 4)}
+
+
+def test_a_batch_without_instances_keeps_every_parameter_in_the_graph(images):
+    model = _model().train()
+    losses = model(images, [_target([]), _target([])])
+    assert losses["loss_box"] == 0
+    assert losses["loss_mask"] == 0
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_one_pixel_box_trains(images):
+    tiny = _target([0])
+    tiny["boxes"] = torch.tensor([[8.0, 8.0, 9.0, 9.0]])
+    losses = _model().train()(images, [tiny, _target([1])])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@torch.no_grad()
+def test_evaluation_gives_torchvisions_dicts(images):
+    model = _model().eval()
+    found = model(images)
+    assert len(found) == 2
+    for image, one in zip(images, found, strict=True):
+        assert set(one) == {"boxes", "labels", "scores", "masks"}
+        assert one["boxes"].dtype == torch.float32
+        assert one["boxes"].shape == (100, 4)
+        assert one["masks"].dtype == torch.bool
+        assert one["masks"].shape == (100, *image.shape[1:])
+        assert (one["scores"].diff() <= 0).all()
+        assert one["labels"].min() >= 0
+        assert one["labels"].max() < 3
+
+
+@torch.no_grad()
+def test_forms_of_the_masks_agree(images):
+    model = _model().eval()
+    dense = model(images)[0]["masks"]
+    model.mask_output = "prob"
+    prob = model(images)[0]["masks"]
+    assert prob.shape == (100, 1, 96, 128)
+    differing = (prob[:, 0] > model.config.inference.mask_threshold) != dense
+    assert ((prob[:, 0] - model.config.inference.mask_threshold).abs()[differing] < 1e-5).all()
+    model.mask_output = "lowres"
+    assert model(images)[0]["masks"].shape == (100, 1, 64, 64)  # stride 2 of 128 x 128
+    model.mask_output = "rle"
+    assert model(images)[0]["masks"][0]["size"] == [96, 128]
+    model.mask_output = "none"
+    assert "masks" not in model(images)[0]
+    model.mask_output = "wrong"
+    with pytest.raises(UsageError, match="mask_output 'wrong'"):
+        model(images)
+
+
+@torch.no_grad()
+def test_float_and_uint8_images_give_the_same(images):
+    model = _model().eval()
+    bytes_, floats = model.detect(images)[0], model.detect([image / 255 for image in images])[0]
+    # Resizing rounds bytes: half a grey value of 255.
+    assert_close(bytes_.scores, floats.scores, atol=5e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_mix(images):
+    model = _model().eval()
+    alone, together = model.detect(images[:1])[0], model.detect(images)[0]
+    assert_close(alone.scores, together.scores, atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_mixed_sizes_is_padded_to_the_largest():
+    config = replace(TINY, input=replace(R50.input, test_size=(64, 128), train_sizes=((64, 128),)))
+    model = _model(config).eval()
+    with torch.no_grad():
+        wide, tall = model([torch.rand(3, 50, 100), torch.rand(3, 90, 45)])
+    assert wide["masks"].shape[1:] == (50, 100)
+    assert tall["masks"].shape[1:] == (90, 45)
+    assert wide["boxes"][:, 2].max() <= 100.01
+    assert tall["boxes"][:, 3].max() <= 90.01
+
+
+def test_labels_that_start_at_one_are_named(images):
+    with pytest.raises(UsageError, match="1-based"):
+        _model().train()(images, [_target([1, 3]), _target([])])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": (1, 1)},
+        {"grid": (1, 2)},
+        {"grid": (2, 1)},
+        {"grid": (3, 3)},
+        {"grid": (4, 4)},
+        {"align_features": False},
+        {"basis_levels": ("P3",)},
+        {"weighting": "none"},
+        {"weighting": "cls"},
+        {"weighting": "loc"},
+        {"normalize_weighting": False},
+        {"norm": "none"},
+        {"profile": "fc"},
+        {"center_radius": None},
+        {"basis_upsample": 2},
+        {"tower_depth": 4},
+    ],
+    ids=str,
+)
+def test_every_switch_trains_and_detects(images, change):
+    model = _model(replace(TINY, **change))
+    losses = model.train()(images[:1], [_target([0, 1])])
+    assert torch.isfinite(sum(losses.values()))
+    with torch.no_grad():
+        assert len(model.eval().detect(images[:1])[0].masks) > 0
+
+
+def test_the_alignment_starts_as_a_plain_convolution():
+    head = _model().head
+    feature, distances = torch.rand(1, 64, 8, 8), torch.rand(1, 4, 8, 8)
+    plain = torch.nn.functional.conv2d(feature, head.alignment.conv.weight, padding=1)
+    with torch.no_grad():
+        assert_close(head.alignment(feature, distances), head.alignment.norm(plain).relu())
+
+
+def test_real_time_masks_fill_images_of_any_aspect():
+    config = replace(
+        R50_RT_6X,
+        num_classes=3,
+        width=32,
+        basis_hidden=32,
+        backbone=TINY.backbone,
+        input=replace(R50_RT_6X.input, test_size=(96, 96)),
+        inference=replace(R50_RT_6X.inference, score_threshold=0.0),
+    )
+    with torch.no_grad():
+        found = _model(config).eval().detect([torch.rand(3, 61, 133)])[0]
+    assert found.masks.size == (61, 133)
+    assert found.boxes[:, 2].max() > 61
