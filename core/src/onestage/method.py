@@ -26,6 +26,9 @@ class Method:
         convert: (official state dict, config) to (our state dict, notes); accounts for every tensor or raises
             WeightsError.
         infer_config: Official state dict to the config that fits it; raises WeightsError if none does.
+        extra_verbs: Name to a function from the words after the verb to the exit code.
+        prepare: (model, training data) before training from nothing, for what a method takes from the annotations;
+            None where there is no such thing.
     """
 
     name: str
@@ -39,3 +42,4 @@ class Method:
     convert: Callable[[dict[str, Tensor], Any], tuple[dict[str, Tensor], list[str]]]
     infer_config: Callable[[dict[str, Tensor]], Any]
     extra_verbs: Mapping[str, Callable[[list[str]], int]] = field(default_factory=dict)
+    prepare: Callable[[nn.Module, Any], None] | None = None

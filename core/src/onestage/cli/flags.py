@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -22,6 +22,7 @@ from onestage.config import BackboneName, ScheduleConfig, config_from_dict
 from onestage.errors import UsageError
 from onestage.method import Method
 
+Flags = TypeVar("Flags")
 Switch = FlagCreatePairsOff[bool]  # --x without a --no-x
 
 
@@ -44,7 +45,7 @@ class Common(Talk):
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     deterministic: bool = False  # refuse algorithms whose result may differ from run to run
-    workers: int | None = None  # processes that read images; default: one per core, at most 8
+    workers: int | None = None  # processes that read images; default: none on a small CPU
     limit: int | None = None  # use the first N images only
     config: Path | None = None  # a run's config.json: its settings become the defaults
     print_config: Switch = False  # print the resolved settings as JSON on stdout and stop
@@ -93,13 +94,14 @@ class Train(Model, Data, Common):
     steps: int | None = None  # length in optimiser steps; milestones move along
     batch_size: int | None = None  # images per optimiser step, over all processes and --accumulate
     accumulate: int = 1  # forward passes per optimiser step
-    autoscale: bool = True  # --batch-size scales the learning rate in proportion
+    autoscale: bool = True  # another --batch-size changes learning rate and steps as the recipe would
     ema: float | None = None  # decay of averaged weights
     grad_clip: float | None = None  # largest global norm of the gradients
     drop_empty: Switch = False  # leave out images without annotations
-    eval_every: int | None = None  # steps between evaluations; default: an epoch, and at the end
-    save_every: int | None = None  # steps between checkpoints; default: an epoch
-    log_every: int = 50  # steps between lines of metrics
+    eval_every: int | None = None  # steps between evaluations; default: an epoch; 0: at the end only
+    save_every: int | None = None  # steps between checkpoints; default: an epoch; 0: at the end only
+    log_every: int = 20  # steps between rows of metrics
+    nan_policy: Literal["stop", "skip"] = "stop"  # what a loss that is not finite does
     overfit: int | None = None  # train and evaluate on the first N training images, augmentation off
     replay: Path | None = None  # repeat the step that a crash-<step>.pt holds
 
@@ -224,15 +226,24 @@ def parse(method: Method, verb: str, argv: Sequence[str]) -> Call:
     argv = _complete_resume(list(argv)) if verb == "train" else list(argv)
     program = f"python -m {method.name}.{verb}"
     defaults, base = _defaults(method, verb, argv)
-    known = dict(_flag_names(type(defaults)))
-    given = frozenset(_given(argv, known, program))
-    flags = _run_tyro(type(defaults), defaults, argv, program)
+    flags, given = _read(defaults, argv, program)
     if verb not in WITH_MODEL:
         return Call(verb, flags, given, None)
     schedule = flags.optim if verb in WITH_OPTIM else base.schedule
     values = {f.name: getattr(flags.model, f.name) for f in fields(flags.model)}
     call = Call(verb, flags, given, method.config_type(**values | {"schedule": schedule}))
     return replace(call, config=_shortcuts(call.config, call))
+
+
+def parse_flags(kind: type[Flags], argv: Sequence[str], program: str) -> Flags:
+    """Reads the flags of a paper's own verb into its dataclass, with the same errors as the common verbs.
+
+    Args:
+        kind: A frozen dataclass, usually derived from `Talk`; every field has a default.
+        argv: The command line after the verb.
+        program: How the verb is called, as in `python -m package.verb`.
+    """
+    return _read(kind(), list(argv), program)[0]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -351,6 +362,13 @@ def _model_flags(config_type: type) -> type:
     return made
 
 
+def _read(defaults: Any, argv: list[str], program: str) -> tuple[Any, frozenset[str]]:
+    """The flags, and the dotted names of those that stood on the command line."""
+    kind = type(defaults)
+    given = frozenset(_given(argv, dict(_flag_names(kind)), program))
+    return _run_tyro(kind, defaults, argv, program), given
+
+
 def _run_tyro(kind: type, defaults: Any, argv: list[str], program: str) -> Any:
     if "-h" in argv or "--help" in argv:
         return tyro.cli(kind, prog=program, description=kind.__doc__, default=defaults, args=["--help"])
@@ -466,6 +484,17 @@ def _resized(config: Any, size: int) -> Any:
 
 def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
     flags = call.flags
+    batch_size = getattr(flags, "batch_size", None)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise UsageError(f"--batch-size is {batch_size}", "give at least 1")
+        if flags.autoscale:
+            from onestage.engine.schedule import rescaled  # loads torch, which --help does without
+
+            chosen = {f.name for f in fields(schedule) if f"optim.{f.name}" in call.given}
+            kept = {name: getattr(schedule, name) for name in chosen}
+            schedule = replace(rescaled(schedule, batch_size), **kept)
+        schedule = replace(schedule, batch_size=batch_size)
     epochs, steps = getattr(flags, "epochs", None), flags.steps
     if epochs is not None and steps is not None:
         raise UsageError("--epochs and --steps both say how long to train", "leave one of the two away")
@@ -476,13 +505,6 @@ def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
         milestones = tuple(round(m * length / schedule.length) for m in schedule.milestones)
         unit: Literal["steps", "epochs"] = "steps" if epochs is None else "epochs"
         schedule = replace(schedule, length=length, unit=unit, milestones=milestones)
-    batch_size = getattr(flags, "batch_size", None)
-    if batch_size is not None:
-        if batch_size < 1:
-            raise UsageError(f"--batch-size is {batch_size}", "give at least 1")
-        scaled = flags.autoscale and "optim.lr" not in call.given
-        lr = schedule.lr * batch_size / schedule.batch_size if scaled else schedule.lr
-        schedule = replace(schedule, batch_size=batch_size, lr=lr)
     if getattr(flags, "ema", None) is not None:
         schedule = replace(schedule, ema=flags.ema)
     if getattr(flags, "grad_clip", None) is not None:

@@ -21,8 +21,8 @@ from onestage.errors import UsageError, UserError
 
 RUNS = Path("runs")
 # What a run may leave behind; --overwrite takes these away and nothing else.
-OWN_FILES = ["config.json", "environment.json", "error.json", "log.txt", "results.json", "metrics.csv", "metrics.jsonl"]
-OWN_FILES += ["last.ckpt", "best.safetensors", "detections.json", "predictions.json", "index.html"]
+OWN_FILES = ["config.json", "environment.json", "error.json", "log.txt", "results.json", "metrics.json"]
+OWN_FILES += ["metrics.csv", "metrics.jsonl", "last.ckpt", "best.safetensors", "predictions.json", "index.html"]
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pycocotools", "pillow", "tyro", "safetensors", "onestage-core")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "ONESTAGE_KERNELS", "ONESTAGE_OFFLINE")
 
@@ -83,6 +83,8 @@ def open_run(
     logger.info("run folder: %s", run.folder)
     try:
         yield run
+    except SystemExit:  # an interrupted run was saved: nothing failed
+        raise
     except BaseException:
         _write_error(run)
         raise

@@ -1,0 +1,37 @@
+"""From the data flags of a command line to data sets."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from onestage.cli.flags import Call
+from onestage.data.coco import CocoDataset, locate
+from onestage.errors import DatasetError
+
+logger = logging.getLogger("onestage")
+
+
+def open_split(call: Call, split: Literal["train", "val"], schedule: Any | None = None) -> CocoDataset:
+    """The data set that --data (or the explicit flags, or COCO_ROOT) names.
+
+    Args:
+        call: The command line.
+        split: Which part of it.
+        schedule: With training data, what its recipe leaves out (`drop_empty`, `min_size`).
+    """
+    flags = call.flags
+    found = locate(flags.data, split, json=getattr(flags, f"{split}_json"), images=getattr(flags, f"{split}_images"))
+    dropping = {} if schedule is None else {"drop_empty": schedule.drop_empty, "min_size": schedule.min_size}
+    dataset = CocoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample, **dropping)
+    if len(dataset) == 0:
+        raise DatasetError(f"dataset '{found.json}' has no images to use", "check its images and --drop-empty")
+    logger.info(
+        "%s data: %s, layout %s, %d images, %d categories",
+        split,
+        found.json,
+        found.layout,
+        len(dataset),
+        len(dataset.categories),
+    )
+    return dataset if flags.limit is None else dataset.subset(range(min(flags.limit, len(dataset))))

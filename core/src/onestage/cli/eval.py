@@ -1,0 +1,131 @@
+"""`eval`: AP of weights, or of a results file, on a data set."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from onestage.cli.app import config_record
+from onestage.cli.datasets import open_split
+from onestage.cli.flags import Call
+from onestage.cli.runs import open_run
+from onestage.config import config_from_dict
+from onestage.engine import distributed
+from onestage.engine.checkpoint import load_into, load_weights, write_atomically
+from onestage.engine.coco_eval import evaluate_results_file
+from onestage.engine.evaluate import evaluate
+from onestage.errors import UsageError
+from onestage.method import Method
+
+logger = logging.getLogger("onestage")
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+
+
+def run(method: Method, call: Call) -> dict[str, Any]:
+    """Evaluates and returns the metrics, as `--json` prints them."""
+    flags = call.flags
+    if flags.weights is not None and flags.results is not None:
+        raise UsageError("--weights and --results are both given", "leave one of the two away")
+    device = distributed.start(flags.device)
+    if not distributed.rank_zero():
+        logger.setLevel(logging.WARNING)
+    try:
+        return _evaluate_file(method, call) if flags.results is not None else _evaluate_model(method, call, device)
+    finally:
+        distributed.stop()
+
+
+def say_metrics(metrics: Mapping[str, float]) -> None:
+    """Writes the table of metrics for people."""
+    columns = [name for name in COLUMNS if any(f"{kind}/{name}" in metrics for kind in ("bbox", "segm"))]
+    logger.info("%6s%s", "", "".join(f"{name:>8}" for name in columns))
+    for kind in ("bbox", "segm"):
+        if f"{kind}/AP" in metrics:
+            values = [metrics.get(f"{kind}/{name}", -1.0) for name in columns]
+            logger.info("%6s%s", kind, "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values))
+    for name, value in metrics.items():
+        kind, _, rest = name.partition("/AP/")
+        if rest and kind == "segm":
+            logger.info("  segm AP %-24s %s", rest, f"{100 * value:.1f}" if value >= 0 else "-")
+
+
+def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[str, Any]:
+    flags = call.flags
+    state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
+    dataset = open_split(call, "val")
+    if info is None:
+        logger.info("no --weights: %s with random parameters (seed %d); AP will be about 0", flags.variant, flags.seed)
+        config = replace(call.config, num_classes=len(dataset.categories))
+    else:
+        config = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
+    if flags.max_dets[-1] != config.inference.max_detections and flags.max_dets[-1] > 100:
+        config = replace(config, inference=replace(config.inference, max_detections=flags.max_dets[-1]))
+    torch.manual_seed(flags.seed)
+    model = method.build(config)
+    if state is not None and info is not None:
+        load_into(model, state, info)
+    if flags.dry_run:
+        logger.info("dry run: model, data and settings fit together; nothing was computed")
+        return {"dry_run": True, "images": len(dataset)}
+    record = config_record(method, replace(call, config=config))
+
+    def compute() -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return evaluate(
+            model,
+            dataset,
+            device=device,
+            precision=flags.precision,
+            workers=flags.workers or 0,
+            batch_size=flags.batch_size,
+            iou_types=flags.iou_types,
+            max_dets=flags.max_dets,
+            per_class=flags.per_class,
+            categories=None if info is None else info.categories,
+            progress=not flags.quiet,
+        )
+
+    if not distributed.rank_zero():
+        return dict(compute()[0])
+    with open_run(method.name, "eval", record, output=flags.output, overwrite=flags.overwrite) as run:
+        metrics, results = compute()
+        path = run.folder / "results.json"
+        write_atomically(path, _json(results))
+        run.write("metrics.json", metrics)
+        num_images = len({entry["image_id"] for entry in results})
+        logger.info("%d detections on %d of %d images: %s", len(results), num_images, len(dataset), path)
+        say_metrics(metrics)
+        if flags.data is not None:
+            command = f"python -m {method.name}.eval --data {shlex.quote(str(flags.data))} --results {path}"
+            logger.info("the same numbers from that file: %s", command)
+        return metrics | {
+            "images": len(dataset),
+            "images_with_detections": num_images,
+            "detections": len(results),
+            "weights": None if flags.weights is None else str(flags.weights),
+            "results": str(path),
+            "seconds": round(run.seconds, 1),
+            "run": str(run.folder),
+        }
+
+
+def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:
+    flags = call.flags
+    dataset = open_split(call, "val")
+    if flags.dry_run:
+        return {"dry_run": True, "images": len(dataset)}
+    metrics = evaluate_results_file(
+        flags.results, dataset, iou_types=flags.iou_types, max_dets=flags.max_dets, per_class=flags.per_class
+    )
+    say_metrics(metrics)
+    return metrics | {"images": len(dataset), "results": str(flags.results)}
+
+
+def _json(value: Any) -> bytes:
+    import json
+
+    return json.dumps(value).encode()

@@ -1,0 +1,217 @@
+"""`train`: from flags to `engine.train`."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from onestage.cli.app import config_record
+from onestage.cli.datasets import open_split
+from onestage.cli.flags import Call, read_settings
+from onestage.cli.runs import Run, checkpoint_to_resume, open_run
+from onestage.config import IMAGENET_MEAN, IMAGENET_STD, config_from_dict
+from onestage.engine import distributed
+from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
+from onestage.engine.train import Interrupted, TrainOptions, TrainResult, train
+from onestage.errors import DatasetError, UsageError, some
+from onestage.method import Method
+from onestage.nn.imagenet import load_imagenet
+
+logger = logging.getLogger("onestage")
+
+
+def run(method: Method, call: Call) -> dict[str, Any]:
+    """Trains and returns what `--json` prints."""
+    device = distributed.start(call.flags.device)
+    if not distributed.rank_zero():
+        logger.setLevel(logging.WARNING)
+    try:
+        return _replay(method, call, device) if call.flags.replay is not None else _train(method, call)
+    finally:
+        distributed.stop()
+
+
+def options_of(flags: Any, **more: Any) -> TrainOptions:
+    """The engine's options among the flags."""
+    return TrainOptions(
+        device=flags.device,
+        precision=flags.precision,
+        seed=flags.seed,
+        deterministic=flags.deterministic,
+        workers=flags.workers,
+        progress=not flags.quiet,
+        **more,
+    )
+
+
+def train_in(
+    run: Run,
+    method: Method,
+    call: Call,
+    model: nn.Module,
+    config: Any,
+    train_set: Any,
+    val_set: Any,
+    options: TrainOptions,
+    info: WeightsInfo,
+) -> TrainResult:
+    """Runs `engine.train` in an open run folder; an interruption says how to go on and leaves with 130 or 143."""
+    try:
+        return train(model, config, train_set, val_set, options, run.folder, info=info)
+    except Interrupted as stopped:
+        logger.info("%s", stopped)
+        again = f"train --resume {shlex.quote(str(stopped.checkpoint))}" if call.verb == "train" else call.verb
+        logger.info("go on with: python -m %s.%s", method.name, again)
+        raise SystemExit(stopped.exit_code) from stopped
+
+
+def _train(method: Method, call: Call) -> dict[str, Any]:
+    flags = call.flags
+    checkpoint = None if flags.resume is None else checkpoint_to_resume(method.name, flags.resume, flags.output)
+    state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
+    config = _config(method, call, info)
+    train_set, val_set = _data(call, config)
+    config = replace(config, num_classes=len(train_set.categories))
+    if flags.overfit is not None:
+        config = replace(config, input=replace(config.input, augmentation="none"))
+
+    torch.manual_seed(flags.seed)
+    model = method.build(config)
+    if state is not None and info is not None:
+        restarted = load_into(
+            model, state, info, head=flags.head, categories=train_set.categories, dataset=str(flags.data or "")
+        )
+        if restarted:
+            logger.info("new head: %s start anew", some(restarted))
+    elif checkpoint is None:
+        trunk: Any = model.backbone
+        for note in load_imagenet(trunk, flags.weights_backbone) if flags.weights_backbone else ():
+            logger.info("%s", note)
+        if method.prepare is not None:
+            method.prepare(model, train_set)
+    card = WeightsInfo(
+        package=method.name,
+        variant=flags.variant,
+        config=asdict(config),
+        categories=train_set.categories,
+        recipe=f"{config.schedule.length} {config.schedule.unit}, batch {config.schedule.batch_size}",
+        source=str(flags.data or flags.train_json or "COCO_ROOT"),
+    )
+    record = config_record(method, replace(call, config=config))
+    if flags.dry_run:
+        logger.info("dry run: model, data and settings fit together; nothing was written")
+        return {"dry_run": True, "train_images": len(train_set), "val_images": len(val_set) if val_set else 0}
+
+    options = options_of(
+        flags,
+        accumulate=flags.accumulate,
+        eval_every=flags.eval_every,
+        save_every=flags.save_every,
+        log_every=flags.log_every,
+        nan_policy=flags.nan_policy,
+        resume=checkpoint,
+    )
+    output = flags.output if checkpoint is None or flags.output is not None else checkpoint.parent
+    keep = checkpoint is not None
+    with _common_run(method.name, record, output=output, overwrite=flags.overwrite, keep=keep) as run:
+        result = train_in(run, method, call, model, config, train_set, val_set, options, card)
+        _say_what_next(method, flags, result)
+        return _result(result) | {"run": str(run.folder)}
+
+
+@contextmanager
+def _common_run(package: str, record: dict[str, Any], **where: Any) -> Iterator[Run]:
+    """One run folder for all processes: the first chooses it and writes in it."""
+    if distributed.rank_zero():
+        with open_run(package, "train", record, **where) as run:
+            distributed.broadcast(str(run.folder))
+            yield run
+    else:
+        yield Run(Path(distributed.broadcast(None)))
+
+
+def _config(method: Method, call: Call, info: WeightsInfo | None) -> Any:
+    """The config to train: the weights' own where there are some, and a trunk that can learn where there are none."""
+    flags, config = call.flags, call.config
+    if info is not None:
+        stored = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
+        return replace(stored, schedule=config.schedule)
+    if flags.weights_backbone is None:
+        if config.backbone.norm != "train" or config.backbone.frozen_stages:
+            logger.info("no --weights or --weights-backbone: the trunk starts from random numbers, all of it learns")
+            config = replace(config, backbone=replace(config.backbone, norm="train", frozen_stages=0))
+        return config
+    if not Path(flags.weights_backbone).is_file():  # torchvision's weights want torchvision's trunk and colours
+        logger.info("%s: stride in the 3x3 convs, RGB, torchvision's mean and std", flags.weights_backbone)
+        colours = replace(config.input, channel_order="rgb", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        config = replace(config, backbone=replace(config.backbone, stride_in_1x1=False), input=colours)
+    return config
+
+
+def _data(call: Call, config: Any) -> tuple[Any, Any]:
+    flags = call.flags
+    train_set = open_split(call, "train", config.schedule)
+    if flags.overfit is not None:
+        if flags.overfit < 1:
+            raise UsageError(f"--overfit is {flags.overfit}", "give at least 1 image")
+        train_set = train_set.subset(range(min(flags.overfit, len(train_set))))
+        return train_set, train_set
+    val_set = open_split(call, "val")
+    names = [[name for _, name in dataset.categories] for dataset in (train_set, val_set)]
+    if names[0] != names[1]:
+        raise DatasetError(
+            f"training data have the categories {some(names[0])}, validation data {some(names[1])}",
+            "use the same list of categories in both files",
+        )
+    return train_set, val_set
+
+
+def _replay(method: Method, call: Call, device: torch.device) -> dict[str, Any]:
+    from onestage.engine.guard import replay
+
+    config_file = call.flags.replay.parent / "config.json"
+    config: Any = call.config
+    if call.flags.config is None and config_file.is_file():
+        config = config_from_dict(method.config_type, read_settings(config_file)["model"], str(config_file))
+    seen = replay(call.flags.replay, method.build(config), device)
+    for name, value in seen.losses.items():
+        logger.info("%-20s %g", name, value)
+    logger.info("first layer whose output is not finite: %s", seen.first_layer or "none")
+    return {"step": seen.step, "losses": {k: str(v) for k, v in seen.losses.items()}, "first_layer": seen.first_layer}
+
+
+def _say_what_next(method: Method, flags: Any, result: TrainResult) -> None:
+    logger.info(
+        "done: %d steps in %.0f s; best weights (step %d): %s",
+        result.steps,
+        result.seconds,
+        result.best_step,
+        result.weights,
+    )
+    for name in ("bbox/AP", "segm/AP"):
+        if name in result.best_metrics:
+            logger.info("  %s %.3f", name, result.best_metrics[name])
+    logger.info("next:")
+    if flags.data is not None:
+        logger.info(
+            "  python -m %s.eval --data %s --weights %s", method.name, shlex.quote(str(flags.data)), result.weights
+        )
+    logger.info("  python -m %s.predict IMAGE --weights %s", method.name, result.weights)
+
+
+def _result(result: TrainResult) -> dict[str, Any]:
+    return dict(result.best_metrics) | {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": round(result.seconds, 1),
+        "weights": str(result.weights),
+        "checkpoint": str(result.checkpoint),
+    }
