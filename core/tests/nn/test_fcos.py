@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onestage.nn import fcos
 from onestage.nn.fcos import (
     LEVEL_RANGES,
     STRIDES,
@@ -174,6 +175,18 @@ def test_smallest_area_and_another_rule_equal_the_worked_cases(golden, rule):
             if distances is not None:
                 torch.testing.assert_close(ltrb[p], torch.tensor(distances), rtol=0, atol=1e-4)
                 assert abs(centerness_target(ltrb[p]).item() - expected["centerness"][p]) < 1e-5
+
+
+def test_best_pairs_of_two_levels_by_hand():
+    odds = torch.tensor([[0.9, 0.5], [0.06, 0.0], [0.8, 0.2]]).logit().clamp(min=-50)
+    centerness = torch.tensor([0.5, 0.1, 0.25]).logit()
+    options = {"score_threshold": 0.05, "per_level": 2}
+    index, labels, scores = fcos.best_pairs(odds, centerness, [(1, 2), (1, 1)], **options)
+    # Level one: 0.45, 0.25, 0.006; level two: 0.2, 0.05.
+    assert (index.tolist(), labels.tolist()) == ([0, 0, 2, 2], [0, 1, 0, 1])
+    torch.testing.assert_close(scores, torch.tensor([0.45, 0.25, 0.2, 0.05]).sqrt())
+    strict = fcos.best_pairs(odds, centerness, [(1, 2), (1, 1)], **options, threshold_with_centerness=True)
+    assert strict[0].tolist() == [0, 0, 2]
 
 
 def _assign(boxes, **options):

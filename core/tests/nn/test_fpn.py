@@ -78,7 +78,9 @@ def test_another_merge_is_called_per_level_and_owns_its_parameters():
     torch.testing.assert_close(levels[0], fpn.output[0](fpn.lateral[0](features[0]) * 7.0))
 
 
-@pytest.mark.parametrize(("init", "bound"), [("xavier", (6 / (256 * 9 + 256 * 9)) ** 0.5), ("kaiming", (3 / 2304) ** 0.5)])
+@pytest.mark.parametrize(
+    ("init", "bound"), [("xavier", (6 / (256 * 9 + 256 * 9)) ** 0.5), ("kaiming", (3 / 2304) ** 0.5)]
+)
 def test_initial_weights_fill_their_range_and_biases_are_zero(init, bound):
     conv = FPN((8, 8, 8), 256, init=init).output[0]
     assert 0.99 * bound < conv.weight.abs().max().item() <= bound

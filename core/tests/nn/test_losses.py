@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision import ops
 
-from onestage.nn.losses import giou_loss_ltrb, iou_loss, sigmoid_focal
+from onestage.nn.losses import giou_loss_ltrb, iou_loss_ltrb, iou_loss, sigmoid_focal
 
 
 def test_focal_loss_by_hand():
@@ -57,6 +57,13 @@ def test_giou_loss_tends_to_torchvisions_for_large_boxes():
     signs = torch.tensor([-1.0, -1.0, 1.0, 1.0])
     expected = ops.generalized_box_iou_loss(pred * signs, target * signs)
     torch.testing.assert_close(giou_loss_ltrb(pred, target), expected, rtol=0, atol=1e-5)
+
+
+def test_smoothed_iou_losses_by_hand():
+    pred = torch.tensor([[2.0, 0.0, 0.0, 2.0]])  # 2 x 2, shares a unit square with the other 2 x 2
+    target = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(iou_loss_ltrb(pred, target), torch.tensor([math.log(4.0)]))  # (1 + 1) / (7 + 1)
+    torch.testing.assert_close(iou_loss_ltrb(pred, target, linear=True), torch.tensor([0.75]))
 
 
 @pytest.mark.golden

@@ -76,9 +76,7 @@ def test_nothing_above_the_threshold_gives_nothing(method, num_boxes):
 @given(st.integers(1, 60), st.integers(1, 4), st.booleans(), st.integers(0, 2**20))
 def test_greedy_equals_a_loop(num_boxes, num_classes, legacy, seed):
     boxes, scores = _candidates(num_boxes, num_classes, seed)
-    kept = class_wise_nms(
-        boxes, scores, iou_threshold=0.4, score_threshold=0.2, max_detections=1000, legacy=legacy
-    )
+    kept = class_wise_nms(boxes, scores, iou_threshold=0.4, score_threshold=0.2, max_detections=1000, legacy=legacy)
     expected = set()
     for label in range(num_classes):
         alive = [n for n in scores[:, label].argsort(descending=True).tolist() if scores[n, label] > 0.2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onestage.nn.towers import Scale, conv_tower, conv_unit, flatten_levels, init_normal, prior_bias
+from onestage.nn.towers import Scale, conv_at, conv_tower, conv_unit, flatten_levels, init_normal, prior_bias
 
 
 def test_tower_parameters_are_named_by_unit_and_part():
@@ -78,10 +78,22 @@ def test_tower_equals_the_released_head(golden, tower_name, conv_name, output):
     tower = conv_tower(64, 64, 4, norm="gn", bias=False)
     for i, unit in enumerate(tower):
         unit[0].weight.data = state[f"{tower_name}.{i}.conv.weight"]
-        unit[1].weight.data, unit[1].bias.data = state[f"{tower_name}.{i}.gn.weight"], state[f"{tower_name}.{i}.gn.bias"]
-    for feature, expected in zip(data["feats"], data[output], strict=True):
-        out = nn.functional.conv2d(
-            tower(feature), state[f"{conv_name}.weight"], state[f"{conv_name}.bias"], padding=1
+        unit[1].weight.data, unit[1].bias.data = (
+            state[f"{tower_name}.{i}.gn.weight"],
+            state[f"{tower_name}.{i}.gn.bias"],
         )
+    for feature, expected in zip(data["feats"], data[output], strict=True):
+        out = nn.functional.conv2d(tower(feature), state[f"{conv_name}.weight"], state[f"{conv_name}.bias"], padding=1)
         tolerance = 1e-5 * max(1.0, expected.abs().max().item())
         torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
+
+
+def test_conv_at_some_locations_equals_the_dense_conv():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    levels = [torch.randn(1, 4, height, width) for height, width in ((5, 7), (3, 4), (1, 1))]
+    with torch.no_grad():
+        dense = flatten_levels([conv(level) for level in levels], 6)[0]
+        index = torch.tensor([47, 0, 34, 35, 46, 20, 20])  # corners of the levels, one twice
+        torch.testing.assert_close(conv_at(conv, [level[0] for level in levels], index), dense[index])
+        assert conv_at(conv, [level[0] for level in levels], index[:0]).shape == (0, 6)

@@ -1,0 +1,119 @@
+"""Deformable convolution: by hand, and the gather form against torchvision's op."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torchvision import ops
+
+from onestage.ops.deform import deform_conv2d, deform_conv2d_gather
+
+
+def test_zero_offsets_make_a_plain_convolution():
+    x, weight, bias = torch.randn(2, 8, 9, 11), torch.randn(6, 8, 3, 3), torch.randn(6)
+    with torch.no_grad():
+        out = deform_conv2d(x, torch.zeros(2, 18, 9, 11), weight, bias, padding=1)
+    torch.testing.assert_close(out, F.conv2d(x, weight, bias, padding=1), rtol=0, atol=2e-5)
+
+
+def test_offsets_are_dy_before_dx_and_interpolate():
+    x = torch.arange(9.0).reshape(1, 1, 3, 3)
+    offset = torch.zeros(1, 2, 3, 3)
+    offset[0, 0, 1, 1] = 0.5  # dy of the centre: between 4 and 7
+    offset[0, 1, 0, 0] = 1.0  # dx of the corner: the cell to its right
+    with torch.no_grad():
+        out = deform_conv2d(x, offset, torch.ones(1, 1, 1, 1))
+    assert out[0, 0].tolist() == [[1.0, 1.0, 2.0], [3.0, 5.5, 5.0], [6.0, 7.0, 8.0]]
+
+
+def test_samples_outside_fade_to_zero_and_far_ones_are_zero():
+    x = torch.full((1, 1, 2, 2), 8.0)
+    for dy, expected in ((-0.25, 6.0), (-1.0, 0.0), (-1e9, 0.0), (1.5, 4.0), (1e9, 0.0)):
+        offset = torch.zeros(1, 2, 2, 2)
+        offset[0, 0, 0, 0] = dy
+        with torch.no_grad():
+            out = deform_conv2d(x, offset, torch.ones(1, 1, 1, 1))
+        assert out[0, 0, 0, 0].item() == expected
+
+
+def test_nan_offset_gives_nan_and_nothing_worse():
+    offset = torch.full((1, 2, 2, 2), torch.nan)
+    with torch.no_grad():
+        out = deform_conv2d(torch.ones(1, 1, 2, 2), offset, torch.ones(1, 1, 1, 1))
+    assert out.isnan().all()
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(0, 2**20),
+)
+def test_gather_equals_torchvision(num_images, num_groups, stride, padding, dilation, modulated, seed):
+    x, offset, weight, bias, mask = _case(num_images, num_groups, stride, padding, dilation, modulated, seed)
+    out = deform_conv2d_gather(x, offset, weight, bias, mask, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    expected = ops.deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6 * max(1.0, expected.abs().max().item()))
+
+
+def test_gather_spans_several_chunks():
+    x, weight = torch.randn(1, 4, 40, 56), torch.randn(3, 4, 3, 3)  # 2240 pixels
+    offset = torch.randn(1, 18, 40, 56)
+    with torch.no_grad():
+        out = deform_conv2d(x, offset, weight, padding=1)
+    expected = ops.deform_conv2d(x, offset, weight, padding=1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+def test_gradients_reach_all_inputs_and_equal_torchvisions():
+    tensors = _case(1, 2, 1, 1, 1, True, 0)
+    ours, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    x, offset, weight, bias, mask = ours
+    deform_conv2d(x, offset, weight, bias, padding=1, mask=mask).square().sum().backward()
+    x, offset, weight, bias, mask = theirs
+    ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask).square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_half_precision_is_computed_in_float32(grad):
+    x, offset, weight, bias, _ = _case(1, 1, 1, 1, 1, False, 3)
+    expected = ops.deform_conv2d(x.bfloat16().float(), offset, weight, bias, padding=1)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = deform_conv2d(x.bfloat16(), offset, weight.requires_grad_(grad), bias, padding=1)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_weight_groups_are_left_to_torchvision():
+    x, offset = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5)
+    weight = torch.randn(6, 2, 3, 3)  # two groups
+    with torch.no_grad():
+        out = deform_conv2d(x, offset, weight, padding=1)
+    torch.testing.assert_close(out, ops.deform_conv2d(x, offset, weight, padding=1))
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu(device):
+    x, offset, weight, bias, mask = _case(2, 4, 1, 1, 1, True, 5)
+    with torch.no_grad():
+        cpu = deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
+        gpu = deform_conv2d(*(t.to(device) for t in (x, offset, weight, bias)), padding=1, mask=mask.to(device))
+    torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=1e-3)
+
+
+def _case(num_images, num_groups, stride, padding, dilation, modulated, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_images, 8, 7, 9, generator=generator)
+    weight = torch.randn(5, 8, 3, 2, generator=generator)
+    height = (7 + 2 * padding - dilation * 2 - 1) // stride + 1
+    width = (9 + 2 * padding - dilation - 1) // stride + 1
+    offset = torch.randn(num_images, num_groups * 12, height, width, generator=generator) * 3
+    mask = torch.rand(num_images, num_groups * 6, height, width, generator=generator) if modulated else None
+    return x, offset, weight, torch.randn(5, generator=generator), mask
