@@ -1,0 +1,312 @@
+"""From a data set to batches: order, augmentation and workers, all reproducible from (seed, epoch, sample).
+
+A position in training is (epoch, batch), and every random choice is drawn from a generator seeded with what it is for;
+so a resumed run goes on exactly, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.ops import box_iou
+from torchvision.transforms import v2
+
+from onestage.config import InputConfig
+from onestage.structures import Target
+
+Sample = tuple[Tensor, Target]
+Augmentation = Callable[[Tensor, Target], Sample]
+
+CROP_MODES = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # least IoU of every box with the crop; None: no crop
+CROP_TRIES = 50
+
+
+class InstanceDataset(Protocol):
+    """What training and evaluation need of a data set; `CocoDataset` and `ShapesDataset` have it."""
+
+    name: str
+    skipped: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def subset(self, indices: Sequence[int]) -> InstanceDataset: ...
+
+    @property
+    def categories(self) -> tuple[tuple[int, str], ...]: ...
+
+    @property
+    def image_ids(self) -> list[int]: ...
+
+    @property
+    def image_sizes(self) -> np.ndarray: ...
+
+    @property
+    def aspect_ratios(self) -> np.ndarray: ...
+
+    def coco_gt(self) -> COCO: ...
+
+
+def make_loader(
+    dataset: InstanceDataset,
+    config: InputConfig,
+    *,
+    batch_size: int,
+    training: bool,
+    workers: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Batches of (images, targets): lists of [3, h, w] uint8 RGB tensors and of `Target` in image pixels.
+
+    Args:
+        dataset: Where samples come from.
+        config: Names the augmentation; resizing and normalising is the model's.
+        batch_size: Images of a batch of this process.
+        training: Shuffled, grouped by aspect ratio and augmented, with a `ResumableSampler` as `batch_sampler`;
+            otherwise in order, each image once over all processes.
+        workers: Worker processes; 0 loads in this one.
+        seed: Of order and augmentation.
+        rank: This process, of `world`.
+        world: Number of processes.
+    """
+    if workers:
+        _allow_many_open_files()
+    if not training:
+        own = dataset.subset(range(rank, len(dataset), world))
+        return DataLoader(_as_torch(own), batch_size, num_workers=workers, collate_fn=collate)
+    return DataLoader(
+        AugmentedDataset(dataset, augment(config), seed),
+        batch_sampler=ResumableSampler(dataset.aspect_ratios, batch_size, seed=seed, rank=rank, world=world),
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+    )
+
+
+class ResumableSampler(Sampler):
+    """Batches of (epoch, index) of one process, images of like aspect together.
+
+    Every epoch is a permutation that depends on the seed and the epoch alone. Wide images (width / height > 1) and the
+    others are batched apart; what is left of both over full batches shares the last ones, which repeat images to be
+    full. The number of batches is the same in every epoch and for every process.
+
+    Iterating goes on from (epoch, batch) to the end of the epoch; iterating again gives the next one. Workers run ahead
+    of training, so training counts the batches it took itself and says so with `load_state_dict`.
+
+    Args:
+        aspect_ratios: [number of images] width / height.
+        batch_size: Images of a batch of one process.
+        seed: Of the order.
+        rank: This process, of `world`.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self, aspect_ratios: Sequence[float] | np.ndarray, batch_size: int, *, seed: int, rank: int, world: int
+    ):
+        self.wide = np.asarray(aspect_ratios) > 1
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.batch = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.wide) // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches = self._batches(self.epoch)
+        while self.batch < len(batches):
+            self.batch += 1
+            yield [(self.epoch, index) for index in batches[self.batch - 1].tolist()]
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _batches(self, epoch: int) -> np.ndarray:
+        """[batches, batch_size] image indices of this process."""
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(self.wide))
+        whole = self.batch_size * self.world
+        groups = [order[self.wide[order]], order[~self.wide[order]]]
+        full = [group[: len(group) // whole * whole].reshape(-1, whole) for group in groups]
+        rest = np.concatenate([group[len(group) // whole * whole :] for group in groups])
+        missing = -len(rest) % whole
+        rest = np.concatenate((rest, np.resize(order, missing))).reshape(-1, whole)
+        batches = random.permutation(np.concatenate((*full, rest)))
+        return batches[:, self.rank :: self.world]
+
+
+class AugmentedDataset(Dataset):
+    """Samples by (epoch, index), augmented from a random state of their own.
+
+    Args:
+        dataset: Where samples come from.
+        change: The augmentation; draws from torch's CPU generator.
+        seed: With epoch and index the seed of that generator.
+    """
+
+    def __init__(self, dataset: InstanceDataset, change: Augmentation, seed: int):
+        self.dataset = dataset
+        self.change = change
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        sample = self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]))
+            return self.change(*sample)
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
+    """Two lists; images of a batch differ in size until the model has resized them."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+def augment(config: InputConfig) -> Augmentation:
+    """The training augmentation that `config.augmentation` names, on images and targets in image pixels."""
+    if config.augmentation == "none":
+        return lambda image, target: (image, target)
+    if config.augmentation == "flip":
+        return random_flip
+    mean = config.mean if config.channel_order == "rgb" else config.mean[::-1]
+    photometric = v2.RandomPhotometricDistort(
+        brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05), p=0.5
+    )
+
+    def ssd(image: Tensor, target: Target) -> Sample:
+        return random_flip(*expand_and_crop(photometric(image), target, mean))
+
+    return ssd
+
+
+def random_flip(image: Tensor, target: Target) -> Sample:
+    """Mirrors left and right with probability 0.5."""
+    if torch.rand(()) >= 0.5:
+        return image, target
+    width = image.shape[-1]
+    x1, y1, x2, y2 = target.boxes.unbind(1)
+    polygons = target.polygons
+    if polygons is not None:
+        polygons = tuple(
+            None if parts is None else tuple(tuple(_mirrored(part, width)) for part in parts) for parts in polygons
+        )
+    boxes = torch.stack((width - x2, y1, width - x1, y2), 1)
+    return image.flip(-1), replace(target, boxes=boxes, masks=target.masks.flip(-1), polygons=polygons)
+
+
+def expand_and_crop(image: Tensor, target: Target, fill: Sequence[float]) -> Sample:
+    """SSD's two steps: a larger canvas around the image (probability 0.5), then a crop that boxes lie well inside.
+
+    The canvas is never built: the crop is cut from the image and filled where it goes beyond. torchvision's
+    RandomIoUCrop asks one box for the IoU, the recipe asks all of them.
+
+    Args:
+        image: [3, H, W] uint8.
+        target: In the same pixels; at least one instance stays if there was one.
+        fill: Colour outside the image, 0..255 RGB.
+    """
+    height, width = image.shape[-2:]
+    window = (0, 0, width, height)  # x0, y0, x1, y1 in image pixels
+    if torch.rand(()) < 0.5:
+        ratio = _uniform(1, 4)
+        left, top = int(_uniform(0, width * ratio - width)), int(_uniform(0, height * ratio - height))
+        window = (-left, -top, int(width * ratio) - left, int(height * ratio) - top)
+    boxes = target.boxes[~target.iscrowd]
+    window = _random_crop(window, boxes) or window
+    return _cut(image, target, window, fill)
+
+
+def _random_crop(canvas: tuple[int, int, int, int], boxes: Tensor) -> tuple[int, int, int, int] | None:
+    """A window of the canvas for a mode drawn at random; a mode that finds none draws another, as published."""
+    width, height = canvas[2] - canvas[0], canvas[3] - canvas[1]
+    while True:
+        least = CROP_MODES[int(torch.randint(len(CROP_MODES), ()))]
+        if least is None:
+            return None
+        for _ in range(CROP_TRIES):
+            w, h = _uniform(0.3 * width, width), _uniform(0.3 * height, height)
+            if not 0.5 <= h / w <= 2:
+                continue
+            x0, y0 = int(canvas[0] + _uniform(0, width - w)), int(canvas[1] + _uniform(0, height - h))
+            window = (x0, y0, x0 + max(1, int(w)), y0 + max(1, int(h)))
+            if not len(boxes):
+                return window
+            if box_iou(boxes, boxes.new_tensor([window])).min() >= least and _centre_inside(boxes, window).any():
+                return window
+
+
+def _cut(image: Tensor, target: Target, window: tuple[int, int, int, int], fill: Sequence[float]) -> Sample:
+    """Image and target in the window's frame; instances whose centre is outside are dropped."""
+    x0, y0, x1, y1 = window
+    height, width = image.shape[-2:]
+    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    inside = (slice(top - y0, max(bottom, top) - y0), slice(left - x0, max(right, left) - x0))
+    source = (slice(top, bottom), slice(left, right))
+    target = target[_centre_inside(target.boxes, window)]
+    pixels = image.new_empty(3, y1 - y0, x1 - x0)
+    pixels[:] = torch.tensor(fill).round().to(image.dtype)[:, None, None]
+    masks = target.masks.new_zeros(len(target), y1 - y0, x1 - x0)
+    if right > left and bottom > top:
+        pixels[:, inside[0], inside[1]] = image[:, source[0], source[1]]
+        masks[:, inside[0], inside[1]] = target.masks[:, source[0], source[1]]
+    boxes = target.boxes - target.boxes.new_tensor([x0, y0, x0, y0])
+    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([x1 - x0, y1 - y0, x1 - x0, y1 - y0]))
+    polygons = target.polygons
+    if polygons is not None:
+        polygons = tuple(
+            None
+            if parts is None
+            else tuple(tuple(value - (y0 if i % 2 else x0) for i, value in enumerate(part)) for part in parts)
+            for parts in polygons
+        )
+    return pixels, replace(target, boxes=boxes, masks=masks, polygons=polygons)
+
+
+def _centre_inside(boxes: Tensor, window: tuple[int, int, int, int]) -> Tensor:
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    low, high = boxes.new_tensor(window[:2]), boxes.new_tensor(window[2:])
+    return ((centres > low) & (centres < high)).all(1)
+
+
+def _mirrored(polygon: Sequence[float], width: int) -> Iterator[float]:
+    return (value if i % 2 else width - value for i, value in enumerate(polygon))
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + float(torch.rand((), dtype=torch.float64)) * (high - low)
+
+
+def _as_torch(dataset: InstanceDataset) -> Dataset:
+    return dataset  # type: ignore[return-value]  # a DataLoader needs no more than len and []
+
+
+def _allow_many_open_files() -> None:
+    """Every tensor that comes from a worker is an open file; the usual soft limit of 1024 is a few batches."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,470 @@
+"""Annotation JSON to flat arrays, checked: nothing unchecked reaches pycocotools or the file system.
+
+pycocotools is C: an infinite or huge polygon crashes it and a short RLE makes it decode uninitialised memory. So every
+number is looked at here once, and what is left is held in arrays that worker processes share.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from onestage.errors import DatasetError, some
+from onestage.masks import rle_counts
+
+MAX_PIXELS = 100_000_000  # of an image
+
+OnBadSample = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True, eq=False)
+class Annotations:
+    """A data set's annotations, sorted by image. I images, A annotations, Q polygons; all coordinates in image pixels.
+
+    Args:
+        source: The file, for messages.
+        categories: (id, name), sorted by id; the position is the label.
+        image_ids: [I] int64.
+        image_sizes: [I, 2] int64 height, width.
+        names: [all characters] uint8, the file names in UTF-8 one after the other.
+        name_ends: [I + 1] int64, image i's name is `names[name_ends[i]:name_ends[i + 1]]`; the `_ends` below likewise.
+        annotation_ends: [I + 1] int64, annotations of image i.
+        ids: [A] int64.
+        labels: [A] int64, 0..K-1.
+        boxes: [A, 4] float64 x, y, width, height as in the file.
+        areas: [A] float64 as in the file, NaN where it has none.
+        crowds: [A] bool.
+        polygon_ends: [A + 1] int64, polygons of annotation a; none where it is an RLE.
+        point_ends: [Q + 1] int64, coordinates of polygon q.
+        points: [all coordinates] float64 x, y, x, y, ...
+        rle_ends: [A + 1] int64, compressed run lengths of annotation a; none where it has polygons.
+        rles: [all characters] uint8.
+        problems: What was left out, one line each.
+    """
+
+    source: str
+    categories: tuple[tuple[int, str], ...]
+    image_ids: np.ndarray
+    image_sizes: np.ndarray
+    names: np.ndarray
+    name_ends: np.ndarray
+    annotation_ends: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    crowds: np.ndarray
+    polygon_ends: np.ndarray
+    point_ends: np.ndarray
+    points: np.ndarray
+    rle_ends: np.ndarray
+    rles: np.ndarray
+    problems: tuple[str, ...]
+
+    def file_name(self, image: int) -> str:
+        return self.names[self.name_ends[image] : self.name_ends[image + 1]].tobytes().decode("utf-8")
+
+    def of_image(self, image: int) -> range:
+        """The annotations of the image at this position."""
+        return range(int(self.annotation_ends[image]), int(self.annotation_ends[image + 1]))
+
+    def polygons(self, annotation: int) -> list[list[float]] | None:
+        """Flat x, y lists, or None where the annotation is an RLE."""
+        first, end = self.polygon_ends[annotation : annotation + 2]
+        if first == end:
+            return None
+        return [self.points[self.point_ends[q] : self.point_ends[q + 1]].tolist() for q in range(first, end)]
+
+    def rle(self, annotation: int, size: tuple[int, int]) -> dict[str, Any]:
+        """The annotation's mask as compressed COCO RLE; polygons are rasterised by pycocotools' rules."""
+        polygons = self.polygons(annotation)
+        if polygons is not None:
+            return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+        counts = self.rles[self.rle_ends[annotation] : self.rle_ends[annotation + 1]].tobytes()
+        return {"size": list(size), "counts": counts}
+
+
+def read_annotations(
+    path: Path, *, on_bad_sample: OnBadSample = "raise", max_pixels: float = MAX_PIXELS
+) -> Annotations:
+    """Reads and checks a COCO or YouTube-VIS file, `.json` or `.json.gz`.
+
+    Args:
+        path: The file.
+        on_bad_sample: `raise` stops at images and annotations that cannot be used; `skip` leaves them out and lists
+            them in `problems`.
+        max_pixels: Largest height * width of an image.
+
+    Raises:
+        DatasetError: a file that is not such JSON, or what `on_bad_sample` says.
+    """
+    content = read_json(path, object_hook=_compact)
+    source = f"dataset '{path}'"
+    if isinstance(content, list):
+        raise DatasetError(f"{source} is a list; is it a results file?", "give the annotation file of the data set")
+    if isinstance(content, dict) and "videos" in content:
+        content = _frames_as_images(content, source)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DatasetError(f"{source} has no list '{key}'", "use COCO format: images, annotations, categories")
+    categories = _check_categories(content["categories"], source)
+    problems: list[str] = []
+    images = _check_images(content["images"], source, max_pixels, problems)
+    checked = _check_annotations(content["annotations"], categories, images, source, problems)
+    if problems and on_bad_sample == "raise":
+        more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
+        raise DatasetError(
+            f"{source}: {problems[0]}{more}",
+            "correct the file, or add --on-bad-sample skip to leave out what is broken",
+        )
+    names = [name.encode("utf-8") for name in images.names]
+    return Annotations(
+        source=source,
+        categories=categories,
+        image_ids=np.array(images.ids, dtype=np.int64),
+        image_sizes=np.array(images.sizes, dtype=np.int64).reshape(-1, 2),
+        names=np.frombuffer(b"".join(names), dtype=np.uint8),
+        name_ends=_ends([len(name) for name in names]),
+        problems=tuple(problems),
+        **checked,
+    )
+
+
+def read_json(path: Path, **options: Any) -> Any:
+    """The content of a `.json` or `.json.gz` file; says what is wrong with one that cannot be read."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"file '{path}' does not exist", "check the path") from None
+    except (OSError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DatasetError(f"file '{path}' cannot be read: {reason}", "check the path and the file") from None
+    start = raw[:200].lstrip()
+    if not start:
+        raise DatasetError(f"file '{path}' is empty", "download or write it again")
+    if start.startswith(b"<"):
+        raise DatasetError(
+            f"file '{path}' is an HTML or XML page, not JSON (a login or quota page saved by a browser or wget?)",
+            "download the file itself",
+        )
+    try:
+        return json.loads(raw, **options)
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"file '{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}",
+            "download or write it again; a cut-off download breaks at its end",
+        ) from None
+    except (UnicodeDecodeError, RecursionError, ValueError):
+        raise DatasetError(f"file '{path}' is not JSON text", "give a COCO annotation file") from None
+
+
+def file_name_problem(name: Any) -> str | None:
+    """Why a file name may not be opened below the image folder, or None."""
+    if not isinstance(name, str) or not name:
+        return "is not a file name"
+    if "\0" in name:
+        return "has a NUL character"
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
+        return "is an absolute path; it must be relative to the image folder"
+    if ".." in re.split(r"[/\\]", name):
+        return "has '..'; it must stay inside the image folder"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid text"
+    return None
+
+
+@dataclass
+class _Images:
+    ids: list[int]
+    sizes: list[tuple[int, int]]
+    names: list[str]
+    position: dict[int, int]  # of the id; -1 for an image that was left out
+
+
+def _compact(value: dict[str, Any]) -> dict[str, Any]:
+    """Packs polygons while the file is parsed: as Python floats all of COCO's would take gigabytes."""
+    polygons = value.get("segmentation")
+    if isinstance(polygons, list):
+        try:
+            value["segmentation"] = [array("d", polygon) for polygon in polygons]
+        except (TypeError, OverflowError):
+            pass  # not polygons; the check says so
+    return value
+
+
+def _check_categories(categories: list[Any], source: str) -> tuple[tuple[int, str], ...]:
+    table: dict[int, str] = {}
+    for number, category in enumerate(categories):
+        known = isinstance(category, dict) and _whole(category.get("id")) and isinstance(category.get("name"), str)
+        if not known:
+            raise DatasetError(
+                f"{source}: categories[{number}] needs a whole-number 'id' and a 'name', found {_short(category)}",
+                'write it as {"id": 1, "name": "person"}',
+            )
+        if category["id"] in table:
+            raise DatasetError(
+                f"{source}: category id {category['id']} occurs twice "
+                f"('{table[category['id']]}' and '{category['name']}')",
+                "give every category an id of its own",
+            )
+        table[category["id"]] = category["name"]
+    if not table:
+        raise DatasetError(f"{source} has no categories", "list at least one category")
+    return tuple(sorted(table.items()))
+
+
+def _check_images(images: list[Any], source: str, max_pixels: float, problems: list[str]) -> _Images:
+    good = _Images([], [], [], {})
+    for number, image in enumerate(images):
+        if not isinstance(image, dict) or not _whole(image.get("id")):
+            raise DatasetError(
+                f"{source}: images[{number}] needs a whole-number 'id', found {_short(image)}", "number the images"
+            )
+        key = image["id"]
+        if key in good.position:
+            raise DatasetError(f"{source}: image id {key} occurs twice", "give every image an id of its own")
+        problem = _image_problem(image, max_pixels)
+        if problem:
+            problems.append(f"image {key} {problem}")
+            good.position[key] = -1
+            continue
+        good.position[key] = len(good.ids)
+        good.ids.append(key)
+        good.sizes.append((image["height"], image["width"]))
+        good.names.append(image["file_name"])
+    return good
+
+
+def _image_problem(image: Mapping[str, Any], max_pixels: float) -> str | None:
+    problem = file_name_problem(image.get("file_name"))
+    if problem:
+        return f"file_name {_short(image.get('file_name'))} {problem}"
+    height, width = image.get("height"), image.get("width")
+    if not _whole(height) or not _whole(width) or height < 1 or width < 1:
+        return f"('{image['file_name']}') needs whole numbers 'height' and 'width' above 0, found {height} and {width}"
+    if height * width > max_pixels:
+        return f"('{image['file_name']}') has {height} x {width} px; the limit is {max_pixels / 1e6:g} megapixels"
+    return None
+
+
+def _check_annotations(
+    annotations: list[Any],
+    categories: tuple[tuple[int, str], ...],
+    images: _Images,
+    source: str,
+    problems: list[str],
+) -> dict[str, np.ndarray]:
+    """The flat arrays of `Annotations` that describe annotations."""
+    label_of = {key: label for label, (key, _) in enumerate(categories)}
+    where: list[int] = []  # position of the image
+    ids: list[int] = []
+    labels: list[int] = []
+    numbers = array("d")  # x, y, width, height, area
+    crowds: list[bool] = []
+    polygon_counts: list[int] = []
+    point_counts: list[int] = []
+    points = array("d")
+    rles: list[bytes] = []
+    for number, annotation in enumerate(annotations):
+        if not isinstance(annotation, dict):
+            raise DatasetError(f"{source}: annotations[{number}] is {_short(annotation)}", "use COCO format")
+        key = annotation.get("id", number + 1)
+        image = images.position.get(annotation["image_id"]) if _whole(annotation.get("image_id")) else None
+        if image == -1:
+            continue
+        problem = _annotation_problem(annotation, key, image, label_of)
+        if problem:
+            problems.append(f"{_named(annotation, key, image, images)} {problem}")
+            continue
+        assert image is not None
+        height, width = images.sizes[image]
+        segmentation, rle = annotation["segmentation"], b""
+        if isinstance(segmentation, dict):
+            try:
+                rle = _checked_rle(segmentation, (height, width), _named(annotation, key, image, images))
+            except DatasetError as error:
+                problems.append(error.what)
+                continue
+            segmentation = []
+        where.append(image)
+        ids.append(key)
+        labels.append(label_of[annotation["category_id"]])
+        numbers.extend(annotation["bbox"])
+        numbers.append(annotation.get("area", math.nan))
+        crowds.append(bool(annotation.get("iscrowd", 0)))
+        polygon_counts.append(len(segmentation))
+        for polygon in segmentation:
+            point_counts.append(len(polygon))
+            points.extend(polygon)
+        rles.append(rle)
+    if len(set(ids)) < len(ids):
+        seen: set[int] = set()
+        twice = [str(key) for key in ids if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+        raise DatasetError(
+            f"{source}: annotation ids occur twice: {some(twice)}", "give every annotation an id of its own"
+        )
+    return _sorted_by_image(
+        np.array(where, dtype=np.int64),
+        len(images.ids),
+        np.array(images.sizes, dtype=np.float64).reshape(-1, 2),
+        ids=np.array(ids, dtype=np.int64),
+        labels=np.array(labels, dtype=np.int64),
+        numbers=np.array(numbers).reshape(-1, 5),
+        crowds=np.array(crowds, dtype=bool),
+        polygon_ends=_ends(polygon_counts),
+        point_ends=_ends(point_counts),
+        points=np.frombuffer(points, dtype=np.float64) if points else np.zeros(0),
+        rles=rles,
+    )
+
+
+def _annotation_problem(
+    annotation: Mapping[str, Any], key: Any, image: int | None, label_of: Mapping[int, int]
+) -> str | None:
+    """What is wrong with everything but an RLE's runs, or None."""
+    if not _whole(key):
+        return "has an id that is not a whole number"
+    if image is None:
+        return f"belongs to image {_short(annotation.get('image_id'))}, which is not in 'images'"
+    category = annotation.get("category_id")
+    if not _whole(category) or category not in label_of:
+        return f"has category_id {_short(category)}; known are {some([str(known) for known in label_of], 8)}"
+    if not _numbers(annotation.get("bbox")) or len(annotation["bbox"]) != 4:
+        return f"has bbox {_short(annotation.get('bbox'))}; four finite numbers x, y, width, height are needed"
+    if annotation["bbox"][2] < 0 or annotation["bbox"][3] < 0:
+        return f"has bbox {_short(annotation['bbox'])} with a negative size; it is x, y, width, height"
+    if not _numbers([annotation.get("area", 0)]):
+        return f"has area {_short(annotation['area'])}; a finite number is needed"
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        return f"has iscrowd {_short(annotation['iscrowd'])}; 0 or 1 is needed"
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        return None
+    if not isinstance(segmentation, list) or not segmentation:
+        return "has no segmentation; polygons or an RLE are needed"
+    if _numbers(segmentation):
+        return "has a flat list as segmentation; a list of polygons is needed"
+    for number, polygon in enumerate(segmentation):
+        if not isinstance(polygon, array) and not _numbers(polygon):
+            return f"polygon {number} is not a list of finite numbers"
+        if len(polygon) % 2 or len(polygon) < 6:
+            return f"polygon {number} has {len(polygon)} numbers; an even count of at least 6 is needed"
+        if not math.isfinite(sum(polygon)):
+            return f"polygon {number} has a coordinate that is not finite"
+    return None
+
+
+def _checked_rle(rle: dict[str, Any], size: tuple[int, int], name: str) -> bytes:
+    runs = rle_counts(rle, size, name)
+    counts = rle["counts"]
+    if isinstance(counts, str):
+        return counts.encode("ascii")
+    return coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
+
+
+def _sorted_by_image(
+    where: np.ndarray,
+    num_images: int,
+    sizes: np.ndarray,
+    *,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    numbers: np.ndarray,
+    crowds: np.ndarray,
+    polygon_ends: np.ndarray,
+    point_ends: np.ndarray,
+    points: np.ndarray,
+    rles: list[bytes],
+) -> dict[str, np.ndarray]:
+    order = np.argsort(where, kind="stable")
+    polygon_order = _gather(polygon_ends, order)
+    polygon_image = np.repeat(where[order], np.diff(polygon_ends)[order])
+    point_counts = np.diff(point_ends)[polygon_order]
+    # Kept within one image size of the image: pycocotools walks along every edge pixel by pixel.
+    limit = np.repeat(sizes[polygon_image], point_counts, axis=0)
+    limit = np.where(np.arange(len(limit)) % 2 == 0, limit[:, 1], limit[:, 0])
+    points = points[_gather(point_ends, polygon_order)]
+    return {
+        "annotation_ends": _ends(np.bincount(where, minlength=num_images)),
+        "ids": ids[order],
+        "labels": labels[order],
+        "boxes": numbers[order, :4],
+        "areas": numbers[order, 4],
+        "crowds": crowds[order],
+        "polygon_ends": _ends(np.diff(polygon_ends)[order]),
+        "point_ends": _ends(point_counts),
+        "points": np.clip(points, -limit, 2 * limit),
+        "rle_ends": _ends([len(rles[i]) for i in order]),
+        "rles": np.frombuffer(b"".join([rles[i] for i in order]), dtype=np.uint8),
+    }
+
+
+def _gather(ends: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where the items of the runs `ends` lie, one run after the other in `order`."""
+    counts = np.diff(ends)[order]
+    return np.arange(counts.sum()) + np.repeat(ends[:-1][order] - (_ends(counts)[:-1]), counts)
+
+
+def _ends(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
+
+
+def _frames_as_images(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """A YouTube-VIS file as COCO: every frame an image, numbered from 1 in file order."""
+    images, annotations = [], []
+    first_of: dict[Any, list[int]] = {}
+    try:
+        for video in content["videos"]:
+            first_of[video["id"]] = [len(images) + 1, len(video["file_names"])]
+            images += [
+                {"id": len(images) + 1 + i, "file_name": name, "height": video["height"], "width": video["width"]}
+                for i, name in enumerate(video["file_names"])
+            ]
+        for track in content["annotations"]:
+            first, length = first_of[track["video_id"]]
+            boxes, areas = track["bboxes"], track.get("areas") or [None] * length
+            for i, (mask, box, area) in enumerate(zip(track["segmentations"], boxes, areas, strict=True)):
+                if mask is not None:
+                    one = {"id": len(annotations) + 1, "image_id": first + i, "category_id": track["category_id"]}
+                    one |= {"segmentation": mask, "bbox": box, "iscrowd": track.get("iscrowd", 0)}
+                    annotations.append(one | ({} if area is None else {"area": area}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{source} is not a complete YouTube-VIS file: {error!r}", "write it again") from None
+    return {"images": images, "annotations": annotations, "categories": content.get("categories")}
+
+
+def _named(annotation: Mapping[str, Any], key: Any, image: int | None, images: _Images) -> str:
+    if image is None:
+        return f"annotation {_short(key)}"
+    return f"annotation {_short(key)} (image {annotation['image_id']}, '{images.names[image]}')"
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _numbers(values: Any) -> bool:
+    """Whether this is a list of finite numbers."""
+    if not isinstance(values, (list, tuple)):
+        return False
+    try:
+        return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    except OverflowError:  # an int beyond float
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

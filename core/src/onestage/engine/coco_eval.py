@@ -1,0 +1,260 @@
+"""COCO average precision: pycocotools' numbers for exactly the results that are written to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from onestage.data.coco import coco_object
+from onestage.data.validate import read_json
+from onestage.errors import DatasetError, some
+from onestage.masks import rle_counts
+from onestage.structures import Detections
+
+IOU_TYPES = ("bbox", "segm")
+_AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # position among COCOeval's area ranges
+
+
+class CocoEvaluator:
+    """Collects detections image by image and counts AP and AR.
+
+    Every image of the ground truth counts, whether detections were added for it or not.
+
+    Args:
+        gt: Ground truth (`dataset.coco_gt()`).
+        categories: (id, name) of the labels of the detections. Where they differ from the ground truth's, names decide.
+        iou_types: Any of `bbox`, `segm`.
+        max_dets: How many detections of an image AR looks at; AP takes the last.
+
+    Raises:
+        DatasetError: the categories do not fit.
+    """
+
+    def __init__(
+        self,
+        gt: COCO,
+        categories: Sequence[tuple[int, str]],
+        iou_types: Sequence[str] = IOU_TYPES,
+        max_dets: Sequence[int] = (1, 10, 100),
+    ):
+        self.gt = gt
+        self.iou_types = tuple(iou_types)
+        self.max_dets = tuple(max_dets)
+        self._category_ids = match_categories(categories, _categories_of(gt))
+        self._by_image: dict[int, list[dict[str, Any]]] = {}
+
+    def add(self, image_id: int, detections: Detections) -> None:
+        """Takes over one image's detections; those added for it before are replaced."""
+        boxes = detections.boxes.double()
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        columns = {
+            "category_id": [self._category_ids[label] for label in detections.labels.tolist()],
+            "bbox": [corner + size for corner, size in zip(boxes[:, :2].tolist(), sizes.tolist(), strict=True)],
+            "score": detections.scores.tolist(),
+        }
+        if detections.masks is not None and "segm" in self.iou_types:
+            columns["segmentation"] = detections.masks.to_rle()
+        if detections.mask_scores is not None:
+            columns["mask_score"] = detections.mask_scores.tolist()
+        rows = zip(*columns.values(), strict=True)
+        self._by_image[image_id] = [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in rows]
+
+    def merge(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over what `results()` of another process's evaluator gave."""
+        replaced = {result["image_id"] for result in results}
+        self._by_image |= {image_id: [] for image_id in replaced}
+        for result in results:
+            self._by_image[result["image_id"]].append(dict(result))
+
+    def results(self, iou_type: str | None = None) -> list[dict[str, Any]]:
+        """All detections as COCO results, by image id, with the data set's category ids; plain JSON values.
+
+        Args:
+            iou_type: `segm` puts `mask_score`, where a method has one, in the place of `score`: the entries that segm
+                is counted on. Otherwise it is an extra key that pycocotools ignores.
+        """
+        entries = [entry for image_id in sorted(self._by_image) for entry in self._by_image[image_id]]
+        if iou_type == "segm":
+            return [{**entry, "score": entry.get("mask_score", entry["score"])} for entry in entries]
+        return entries
+
+    def summarize(self, per_class: bool = False) -> dict[str, float]:
+        """AP and AR of every IoU type.
+
+        Returns:
+            `bbox/AP`, `bbox/AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100` (for `max_dets`), `ARs`, `ARm`,
+            `ARl`, the same for `segm`, and with `per_class` also `segm/AP/<name>`; 0 to 1, -1 where there is no ground
+            truth to count on.
+        """
+        metrics: dict[str, float] = {}
+        for iou_type in self.iou_types:
+            one = average_precision(self.gt, self.results(iou_type), iou_type, self.max_dets, per_class=per_class)
+            metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
+        return metrics
+
+
+def average_precision(
+    gt: COCO,
+    results: Sequence[Mapping[str, Any]],
+    iou_type: str,
+    max_dets: Sequence[int] = (1, 10, 100),
+    *,
+    per_class: bool = False,
+) -> dict[str, float]:
+    """pycocotools' COCOeval on results that are known to be sound.
+
+    Args:
+        gt: Ground truth.
+        results: COCO results; none at all is AP 0.
+        iou_type: `bbox` or `segm`.
+        max_dets: Detections per image, ascending; the last one is AP's.
+        per_class: Adds `AP/<name>` of every category.
+
+    Returns:
+        `AP`, `AP50`, ... as in `CocoEvaluator.summarize`, without the IoU type.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        # loadRes completes the entries in place, and reads the first of them to know what they are.
+        found = gt.loadRes(copy.deepcopy(list(results))) if results else coco_object([], [], _categories_of(gt))
+        evaluation = COCOeval(gt, found, iou_type)
+        evaluation.params.maxDets = list(max_dets)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"]  # [IoU thresholds, recall points, K, areas, max_dets]
+    recall = evaluation.eval["recall"]  # [IoU thresholds, K, areas, max_dets]
+    metrics = {"AP": _mean(precision[:, :, :, 0, -1])}
+    metrics |= {f"AP{iou}": _mean(precision[(iou - 50) // 5, :, :, 0, -1]) for iou in (50, 75)}
+    metrics |= {f"AP{name}": _mean(precision[:, :, :, area, -1]) for name, area in _AREAS.items() if name}
+    metrics |= {f"AR{number}": _mean(recall[:, :, 0, i]) for i, number in enumerate(max_dets)}
+    metrics |= {f"AR{name}": _mean(recall[:, :, area, -1]) for name, area in _AREAS.items() if name}
+    if per_class:
+        names = dict(_categories_of(gt))
+        for k, category_id in enumerate(evaluation.params.catIds):
+            metrics[f"AP/{names[category_id]}"] = _mean(precision[:, :, k, 0, -1])
+    return metrics
+
+
+def evaluate_results_file(
+    path: Path,
+    gt: COCO,
+    iou_types: Sequence[str] = IOU_TYPES,
+    max_dets: Sequence[int] = (1, 10, 100),
+    *,
+    per_class: bool = False,
+) -> dict[str, float]:
+    """AP and AR of a COCO results file, whoever wrote it.
+
+    Args:
+        path: The JSON list.
+        gt: Ground truth (`dataset.coco_gt()`).
+        iou_types: Any of `bbox`, `segm`; those the file has no data for are an error.
+        max_dets: As in `CocoEvaluator`.
+        per_class: As in `CocoEvaluator.summarize`.
+
+    Raises:
+        DatasetError: no results, or entries that do not fit the data set or cannot be decoded.
+    """
+    results = check_results(read_json(path), gt, iou_types, f"results '{path}'")
+    metrics: dict[str, float] = {}
+    for iou_type in iou_types:
+        one = average_precision(gt, results, iou_type, max_dets, per_class=per_class)
+        metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
+    return metrics
+
+
+def check_results(results: Any, gt: COCO, iou_types: Sequence[str], name: str) -> list[dict[str, Any]]:
+    """The results, if every entry fits the ground truth and can be given to pycocotools.
+
+    Args:
+        results: What a results file holds.
+        gt: Ground truth.
+        iou_types: What they are wanted for: `bbox` needs boxes, `segm` masks.
+        name: What an error calls the file.
+
+    Raises:
+        DatasetError: the first entry that is not sound.
+    """
+    if not isinstance(results, list):
+        raise DatasetError(
+            f"{name} is not a list of detections", "give COCO results: a list of image_id, category_id, ..."
+        )
+    for number, entry in enumerate(results):
+        where = f"{name}: entry {number}"
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{where} is not an object", "give COCO results")
+        if type(entry.get("image_id")) is not int or entry["image_id"] not in gt.imgs:
+            raise DatasetError(
+                f"{where} has image_id {entry.get('image_id')!r}, which the data set does not have",
+                "evaluate against the annotations that the results were made for",
+            )
+        if type(entry.get("category_id")) is not int or entry["category_id"] not in gt.cats:
+            raise DatasetError(
+                f"{where} has category_id {entry.get('category_id')!r}; known are {some([str(key) for key in gt.cats])}",
+                "results use the data set's own category ids",
+            )
+        if not _all_finite([entry.get("score")]):
+            raise DatasetError(f"{where} has score {entry.get('score')!r}", "every entry needs a finite score")
+        if ("bbox" in entry or "bbox" in iou_types) and not _is_box(entry.get("bbox")):
+            raise DatasetError(
+                f"{where} has bbox {entry.get('bbox')!r}; finite x, y, width, height are needed",
+                "correct the file, or evaluate --iou-types segm",
+            )
+        if "segmentation" in entry or "segm" in iou_types:
+            image = gt.imgs[entry["image_id"]]
+            rle_counts(entry.get("segmentation"), (image["height"], image["width"]), where)  # type: ignore[arg-type]
+    return results
+
+
+def match_categories(ours: Sequence[tuple[int, str]], theirs: Sequence[tuple[int, str]]) -> tuple[int, ...]:
+    """The category id of a data set that each label means.
+
+    Args:
+        ours: (id, name) of labels 0..K-1, of a model or of the weights.
+        theirs: (id, name) of the data set.
+
+    Returns:
+        K ids of the data set: the same ones where the tables are equal, else those of the same name.
+
+    Raises:
+        DatasetError: the names are not the same.
+    """
+    id_of = {name: key for key, name in theirs}
+    if sorted(ours) == sorted(theirs):
+        return tuple(key for key, _ in ours)
+    same_names = sorted(id_of) == sorted(name for _, name in ours)
+    if not same_names or len(id_of) < len(theirs):
+        raise DatasetError(
+            f"the model knows {_listed(ours)}, the data set has {_listed(theirs)}",
+            "evaluate on a data set with the same category names",
+        )
+    return tuple(id_of[name] for _, name in ours)
+
+
+def _categories_of(gt: COCO) -> list[tuple[int, str]]:
+    return [(category["id"], category["name"]) for category in gt.dataset["categories"]]
+
+
+def _listed(categories: Sequence[tuple[int, str]]) -> str:
+    return f"{len(categories)} categories ({some([f'{key} {name}' for key, name in categories])})"
+
+
+def _mean(values: np.ndarray) -> float:
+    """COCOeval's: over what was counted, -1 where nothing was."""
+    counted = values[values > -1]
+    return float(np.mean(counted)) if len(counted) else -1.0
+
+
+def _all_finite(values: list[Any]) -> bool:
+    return all(type(value) in (int, float) and abs(value) < 1e15 for value in values)
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and _all_finite(value) and min(value[2:]) >= 0
