@@ -63,3 +63,14 @@ def build_model(
     elif weights_backbone is not None:
         load_imagenet(model.backbone, weights_backbone)
     return model.eval()
+
+
+def named_model(method: Method, name: str, **arguments: Any) -> nn.Module:
+    """The model of one named configuration of `method`; arguments as for `build_model`.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if name not in method.variants:
+        raise UsageError(f"no model '{name}'", f"one of {', '.join(method.variants)}")
+    return build_model(method, method.variants[name], **arguments)

@@ -117,6 +117,32 @@ class Target:
         return Target(boxes, labels, masks, iscrowd.to(boxes.device), int(target.get("image_id", -1)))
 
 
+def training_targets(
+    targets: Sequence[Target | dict[str, Any]], images: Sequence[Tensor], num_classes: int
+) -> list[Target]:
+    """What a training step sees: public dicts checked and completed, then the `usable` instances alone.
+
+    Args:
+        targets: One per image, in image pixels.
+        images: [3, H, W] each; only their sizes are read.
+        num_classes: K.
+
+    Raises:
+        UsageError: a target that cannot be meant (`Target.from_dict`).
+    """
+    return [
+        usable(t if isinstance(t, Target) else Target.from_dict(t, tuple(image.shape[-2:]), num_classes))
+        for t, image in zip(targets, images, strict=True)
+    ]
+
+
+def usable(target: Target) -> Target:
+    """Drops crowds and boxes under one pixel, as the recipes do. Boxes exclusive, image pixels."""
+    width = target.boxes[:, 2] - target.boxes[:, 0]
+    height = target.boxes[:, 3] - target.boxes[:, 1]
+    return target[(width >= 1) & (height >= 1) & ~target.iscrowd]
+
+
 MASK_OUTPUTS = ("bool", "prob", "rle", "packed", "lowres", "none")
 MASK_MEMORY = 8 * 2**30  # bytes a dense mask tensor may take
 

@@ -10,6 +10,7 @@ from onestage.nn.fcos import (
     LEVEL_RANGES,
     STRIDES,
     assign,
+    assign_batch,
     centerness_target,
     decode_ltrb,
     locations,
@@ -17,6 +18,7 @@ from onestage.nn.fcos import (
     smallest_area,
     top_per_level,
 )
+from onestage.structures import Target
 
 ONE_LEVEL = [(4, 4)]  # stride 8: locations at 4, 12, 20, 28
 
@@ -204,3 +206,23 @@ def _random_boxes(count, seed):
 
 def _ranges(case):
     return [entry["range"] for entry in case["levels"]]
+
+
+def test_a_batch_is_assigned_image_by_image():
+    sizes = [(16 >> level, 16 >> level) for level in range(5)]
+    points = locations(sizes)
+    boxes = _random_boxes(3, 0)
+    targets = [_target(boxes, [2, 0, 1]), _target(torch.zeros(0, 4), [])]
+    found = assign_batch(points, sizes, targets, radius=None)
+    index, ltrb = assign(points, found.strides, per_location(sizes, LEVEL_RANGES), boxes, radius=None)
+    assert torch.equal(found.index[0], index)
+    assert torch.equal(found.ltrb[0], ltrb)
+    assert found.labels[0].tolist() == [[2, 0, 1][i] if i >= 0 else -1 for i in index.tolist()]
+    assert (index >= 0).any()
+    assert (found.labels[1] == -1).all()
+    assert found.strides.tolist() == per_location(sizes, STRIDES).tolist()
+
+
+def _target(boxes, labels):
+    masks = torch.zeros(len(boxes), 128, 128, dtype=torch.uint8)
+    return Target(boxes, torch.tensor(labels, dtype=torch.int64), masks, torch.zeros(len(boxes), dtype=torch.bool))

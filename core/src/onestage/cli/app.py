@@ -14,13 +14,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from onestage.cli.flags import VERBS, Call, parse
 from onestage.errors import MachineError, UsageError, UserError
 from onestage.method import Method
 
 INTERRUPTED = 130  # 128 + SIGINT
+
+
+def entry(method: Method) -> tuple[Callable[[], NoReturn], Callable[[str], NoReturn]]:
+    """What a package's `__main__` offers: its command, and a function that runs the verb it is given.
+
+    Both read the process's command line and leave with the exit code.
+    """
+
+    def command() -> NoReturn:
+        sys.exit(main(method))
+
+    def run_verb(verb: str) -> NoReturn:
+        sys.exit(main(method, verb))
+
+    return command, run_verb
 
 
 def main(method: Method, verb: str | None = None, argv: Sequence[str] | None = None) -> int:

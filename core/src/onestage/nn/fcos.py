@@ -4,11 +4,13 @@ Locations of all levels are one flat list, level by level, row by row. P: locati
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from onestage import boxes as box_ops
+from onestage.structures import Target
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
 
@@ -49,6 +51,56 @@ def per_location(
     """One value of each level (a stride, a range, an index) for each of its locations: [P] or [P, n] float32."""
     counts = torch.tensor([height * width for height, width in sizes], device=device)
     return torch.tensor(values, dtype=torch.float32, device=device).repeat_interleave(counts, dim=0)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which ground truth each of the P locations of B images answers for.
+
+    Args:
+        labels: [B, P] int64, class 0..K-1, -1 for background.
+        index: [B, P] int64, position of the answered instance in its image's target, -1 for background.
+        ltrb: [B, P, 4] float32, distances from location to the instance's sides, pixels; 0 where background.
+        strides: [P] float32, pixels per cell of each location's level.
+    """
+
+    labels: Tensor
+    index: Tensor
+    ltrb: Tensor
+    strides: Tensor
+
+
+def assign_batch(
+    points: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    targets: Sequence[Target],
+    *,
+    ranges: Sequence[tuple[float, float]] = LEVEL_RANGES,
+    radius: float | None = 1.5,
+    legacy: bool = False,
+    choose: Choose | None = None,
+) -> Assignment:
+    """`assign` for every image of a batch, with classes.
+
+    Args:
+        points: [P, 2] (x, y), input pixels.
+        sizes: (h, w) of each level, strides `STRIDES`.
+        targets: One per image, boxes in input pixels.
+        ranges: Smallest and largest distance each level answers for, pixels, inclusive.
+        radius, legacy, choose: As in `assign`.
+    """
+    strides = per_location(sizes, STRIDES, points.device)
+    limits = per_location(sizes, ranges, points.device)
+    labels, index, ltrb = [], [], []
+    for target in targets:
+        matched, distances = assign(
+            points, strides, limits, target.boxes, radius=radius, legacy=legacy, choose=choose
+        )
+        background = torch.cat((target.labels, target.labels.new_tensor([-1])))  # index -1 reads the last
+        labels.append(background[matched])
+        index.append(matched)
+        ltrb.append(distances)
+    return Assignment(torch.stack(labels), torch.stack(index), torch.stack(ltrb), strides)
 
 
 def assign(

@@ -58,6 +58,24 @@ def window_mask_loss(
     return losses.view(len(boxes), num_regions).sum(1)
 
 
+def masks_on_grid(masks: Tensor, stride: int) -> Tensor:
+    """Ground-truth masks on a coarser grid: bilinear, half-pixel, above one half.
+
+    Args:
+        masks: [G, H, W] uint8 of 0 and 1, H and W multiples of `stride`.
+        stride: Pixels per cell, even or 1.
+
+    Returns:
+        [G, H / stride, W / stride] uint8.
+    """
+    if stride == 1:
+        return masks
+    # A bilinear resize by an even factor reads the middle 2 x 2 pixels of each cell.
+    low, high = stride // 2 - 1, stride // 2
+    middle = masks[:, low::stride] + masks[:, high::stride]
+    return (middle[:, :, low::stride] + middle[:, :, high::stride] > 2).to(torch.uint8)
+
+
 class _WindowLoss(torch.autograd.Function):
     """basis [D, h, w], weights [S, D], windows [S, 4] int64, masks [G, h, w], mask_index [S] to losses [S]."""
 
