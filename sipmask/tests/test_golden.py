@@ -11,13 +11,14 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from onestage.engine.official import rename
 from onestage.nn import fcos
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
 from onestage.ops.mask_loss import window_mask_loss
 from onestage.structures import ImageFrame, Target
 from onestage.testing import dense_soft_masks
 from sipmask.config import R50, R50_FC, R50_RT_6X, InferenceConfig
-from sipmask.convert import convert_head, head_keys, rename
+from sipmask.convert import convert_head, head_keys
 from sipmask.decode import assemble, select
 from sipmask.losses import alignment_weights, compute_losses
 from sipmask.model import SipMaskHead

@@ -42,6 +42,7 @@ class InputConfig:
     test_size: tuple[int, int] = (800, 1333)  # keep_ratio: (short side, longest long side); fixed: (height, width)
     train_sizes: tuple[tuple[int, int], ...] = ((800, 1333),)  # one is drawn per image
     train_draw: Literal["choice", "range"] = "choice"  # range: each number uniform between the first and last entry
+    frame_scale: Literal["rule", "sizes"] = "rule"  # boxes move by the resize rule's factor, or by new size / old size
     antialias: bool = False  # False: OpenCV's and mmcv's bilinear; True: Pillow's
     pad_multiple: int = 32  # right and bottom, zeros after normalisation
     channel_order: Literal["rgb", "bgr"] = "rgb"

@@ -84,7 +84,10 @@ def plan_resize(image_size: tuple[int, int], size: tuple[int, int], config: Inpu
     short, long = min(size), max(size)
     factor = min(long / max(image_size), short / min(image_size))
     input_size = (max(1, int(image_size[0] * factor + 0.5)), max(1, int(image_size[1] * factor + 0.5)))
-    return ImageFrame(image_size, input_size, input_size, (factor, factor))
+    scale = (factor, factor)
+    if config.frame_scale == "sizes":
+        scale = (input_size[0] / image_size[0], input_size[1] / image_size[1])
+    return ImageFrame(image_size, input_size, input_size, scale)
 
 
 def move_target(target: Target, frame: ImageFrame, legacy_boxes: bool = False) -> Target:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision import ops
 
-from onestage.nn.losses import giou_loss_ltrb, iou_loss_ltrb, iou_loss, sigmoid_focal
+from onestage.nn.losses import giou_loss_ltrb, iou_loss, iou_loss_ltrb, sigmoid_focal
 
 
 def test_focal_loss_by_hand():

@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from onestage.config import BackboneConfig
+from onestage.engine.official import KeyRules, convert_keys, plain
 from onestage.errors import WeightsError, some
 from sipmask.config import R50, R50_FC, R50_RT_6X, R50_RT_10X, SipMaskConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KeyRules = tuple[tuple[str, str], ...]  # (pattern of their key, our key); the first match counts
 
 _TRUNK_MM: KeyRules = (
     (r"(backbone\..+)", r"\1"),
@@ -85,7 +84,7 @@ def convert_state_dict(state: dict[str, Tensor], config: SipMaskConfig) -> tuple
 
     with torch.device("meta"):
         wanted = SipMask(config).state_dict()
-    return _convert(_plain(state), model_keys(config), wanted, config)
+    return _convert(plain(state), model_keys(config), wanted, config)
 
 
 def convert_head(state: dict[str, Tensor], config: SipMaskConfig) -> tuple[dict[str, Tensor], list[str]]:
@@ -111,22 +110,13 @@ def model_keys(config: SipMaskConfig) -> KeyRules:
     return (*trunk, *head)
 
 
-def rename(key: str, rules: KeyRules) -> str | None:
-    """Our name of one official tensor, None where no rule knows it."""
-    for theirs, ours in rules:
-        match = re.fullmatch(theirs, key)
-        if match:
-            return match.expand(ours)
-    return None
-
-
 def config_of(state: dict[str, Tensor]) -> SipMaskConfig:
     """The configuration that fits an official image checkpoint: code base, norm, tower depth, trunk, classes.
 
     Raises:
         WeightsError: neither layout, or a video or mask-scoring model.
     """
-    state = _plain(state)
+    state = plain(state)
     if "rpn.head.cls_logits.weight" in state:
         config = replace(R50_FC, num_classes=len(state["rpn.head.cls_logits.weight"]))
         prefix = "backbone.body.layer3."
@@ -159,35 +149,8 @@ def _mm_config(state: dict[str, Tensor]) -> SipMaskConfig:
 def _convert(
     state: dict[str, Tensor], rules: KeyRules, wanted: dict[str, Tensor], config: SipMaskConfig
 ) -> tuple[dict[str, Tensor], list[str]]:
-    converted: dict[str, Tensor] = {}
-    unknown, unused = [], []
-    for key, value in state.items():
-        ours = rename(key, rules)
-        if ours is None or (ours not in wanted and not ours.endswith("num_batches_tracked")):
-            # The released real-time files hold a GN behind the alignment that nothing reads.
-            (unused if config.norm == "none" and ours and "alignment.norm." in ours else unknown).append(key)
-        elif ours in wanted:
-            scalar = value.numel() == 1 and wanted[ours].numel() == 1  # scales are () in one layout, (1,) in the other
-            converted[ours] = value.reshape(wanted[ours].shape) if scalar else value
-    _refuse(unknown, "no place for")
-    missing = [key for key in wanted if key not in converted and not key.endswith("num_batches_tracked")]
-    _refuse(missing, "nothing for")
-    for key, value in converted.items():
-        if value.shape != wanted[key].shape:
-            _refuse([f"{key} {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"], "another shape:")
-    notes = [f"left out, unused by the released model: {some(unused)}"] if unused else []
-    return converted, notes
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _refuse(keys: list[str], what: str) -> None:
-    if keys:
-        raise WeightsError(
-            f"checkpoint does not fit: {what} {some(keys)}", "name the configuration it was trained with: --variant"
-        )
+    # The released real-time files hold a GN behind the alignment that nothing reads.
+    return convert_keys(state, rules, wanted, lambda key: config.norm == "none" and "feat_align.norm." in key)
 
 
 if __name__ == "__main__":

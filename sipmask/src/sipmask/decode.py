@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -169,12 +168,13 @@ def low_resolution_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, con
 def _select_pairs(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> Selected:
     """The fcos_core way: candidates are (location, class) pairs, their score a geometric mean."""
     rules = config.inference
-    scores, centerness = raw.logits[i].sigmoid(), raw.centerness[i].sigmoid()
-    index, labels = (scores > rules.score_threshold).nonzero(as_tuple=True)
-    products = scores[index, labels] * centerness[index]
-    level = fcos.per_location(raw.sizes, range(len(raw.sizes)), index.device)[index]
-    best = fcos.top_per_level([products[level == n] for n in range(len(raw.sizes))], rules.candidates_per_level)
-    index, labels, scores = index[best], labels[best], products[best].sqrt()
+    index, labels, scores = fcos.best_pairs(
+        raw.logits[i],
+        raw.centerness[i],
+        raw.sizes,
+        score_threshold=rules.score_threshold,
+        per_level=rules.candidates_per_level,
+    )
     boxes = _boxes(raw, i, index, frame)
     kept = greedy_nms(boxes, scores, labels, rules.iou_threshold, legacy=True)
     kept = kept[top_by_score(scores[kept], rules.max_detections, keep_ties=True)]

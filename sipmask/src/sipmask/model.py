@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from onestage.nn import fcos
 from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
-from onestage.nn.towers import Scale, conv_tower, group_norm, init_normal, prior_bias
+from onestage.nn.towers import Scale, conv_at, conv_tower, group_norm, init_normal, prior_bias
 from onestage.ops.deform import deform_conv2d
 from onestage.structures import Detections, Target
 from onestage.transforms import prepare_batch
@@ -144,20 +144,8 @@ class SipMaskHead(nn.Module):
         )
 
     def coefficients_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
-        """Coefficients [N, rows * columns * m] of the locations `index` [N] int64 of one image.
-
-        A conv without norm is linear in its 3x3 patch: only the patches of kept locations are read.
-        """
-        coefficients = self.coefficients.weight.new_empty(len(index), self.config.num_coefficients)
-        start = 0
-        for feature, (height, width) in zip(raw.aligned, raw.sizes, strict=True):
-            inside = ((index >= start) & (index < start + height * width)).nonzero().flatten()
-            cell = index[inside] - start
-            patches = _patches(feature[image], cell // width, cell % width)  # [n, C * 9]
-            values = F.linear(patches, self.coefficients.weight.flatten(1), self.coefficients.bias)
-            coefficients[inside] = values.to(coefficients.dtype)
-            start += height * width
-        return coefficients
+        """Coefficients [N, rows * columns * m] of the locations `index` [N] int64 of one image."""
+        return conv_at(self.coefficients, [feature[image] for feature in raw.aligned], index)
 
     def _initialise(self) -> None:
         for part in (self.cls_tower, self.box_tower, self.alignment, self.logits, self.distances, self.centerness):
@@ -228,11 +216,3 @@ class BasisMasks(nn.Module):
 def _flatten(maps: list[Tensor]) -> Tensor:
     """[B, P, C] from per-level [B, C, h, w], row-major."""
     return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
-
-
-def _patches(feature: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[N, C * 9] zero-padded 3x3 neighbourhoods of a feature [C, h, w], in the order of a conv weight."""
-    padded = F.pad(feature, (1, 1, 1, 1))
-    offsets = torch.arange(3, device=feature.device)
-    patches = padded[:, rows[:, None, None] + offsets[:, None], columns[:, None, None] + offsets]  # [C, N, 3, 3]
-    return patches.transpose(0, 1).flatten(1)

@@ -189,6 +189,39 @@ def top_per_level(scores: Sequence[Tensor], k: int) -> Tensor:
     return torch.cat(kept)
 
 
+def best_pairs(
+    logits: Tensor,
+    centerness: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float,
+    per_level: int,
+    threshold_with_centerness: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates as (location, class) pairs, ranked by class score x centre-ness, scored by its square root.
+
+    Args:
+        logits: [P, K] class logits.
+        centerness: [P] logits.
+        sizes: (h, w) of each level.
+        score_threshold: Candidates need a larger class score.
+        per_level: How many pairs of a level are kept.
+        threshold_with_centerness: The threshold is on the product instead.
+
+    Returns:
+        index: [M] int64 location.
+        labels: [M] int64.
+        scores: [M] float in [0, 1].
+    """
+    scores, factors = logits.sigmoid(), centerness.sigmoid()
+    judged = scores * factors[:, None] if threshold_with_centerness else scores
+    index, labels = (judged > score_threshold).nonzero(as_tuple=True)
+    products = scores[index, labels] * factors[index]
+    level = per_location(sizes, range(len(sizes)), index.device)[index]
+    best = top_per_level([products[level == n] for n in range(len(sizes))], per_level)
+    return index[best], labels[best], products[best].sqrt()
+
+
 def _in_center(points: Tensor, strides: Tensor, boxes: Tensor, radius: float) -> Tensor:
     """[P, G] bool: strictly within `radius` strides of the box centre, on both axes."""
     center = ((boxes[:, :2] + boxes[:, 2:]) / 2)[None]

@@ -53,10 +53,31 @@ def giou_loss_ltrb(ltrb: Tensor, targets: Tensor) -> Tensor:
         [P] float32 in [0, 2].
     """
     ltrb, targets = ltrb.float(), targets.float()
+    iou, union = _smoothed_iou(ltrb, targets)
+    enclosing = _ltrb_area(torch.maximum(ltrb, targets)) + 1e-7
+    return 1 - iou + (enclosing - union) / enclosing
+
+
+def iou_loss_ltrb(ltrb: Tensor, targets: Tensor, linear: bool = False) -> Tensor:
+    """-ln(IoU), or 1 - IoU, of boxes around the same location, with FCOS' smoothed IoU.
+
+    Args:
+        ltrb: [P, 4] predicted distances to the four sides, >= 0.
+        targets: [P, 4] true distances, same unit.
+        linear: 1 - IoU.
+
+    Returns:
+        [P] float32, >= 0.
+    """
+    iou, _ = _smoothed_iou(ltrb.float(), targets.float())
+    return 1 - iou if linear else -iou.log()
+
+
+def _smoothed_iou(ltrb: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(I + 1) / (U + 1) and U, each [P]."""
     inter = _ltrb_area(torch.minimum(ltrb, targets))
     union = _ltrb_area(ltrb) + _ltrb_area(targets) - inter
-    enclosing = _ltrb_area(torch.maximum(ltrb, targets)) + 1e-7
-    return 1 - (inter + 1) / (union + 1) + (enclosing - union) / enclosing
+    return (inter + 1) / (union + 1), union
 
 
 def _ltrb_area(ltrb: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
 TowerNorm = Literal["gn", "none"]
@@ -77,3 +78,38 @@ def flatten_levels(maps: Sequence[Tensor], channels: int) -> Tensor:
     """
     flat = [x.permute(0, 2, 3, 1).reshape(len(x), -1, channels) for x in maps]
     return torch.cat(flat, dim=1)
+
+
+def conv_at(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
+    """What a prediction conv says at some locations only.
+
+    A conv without a norm behind it is linear in its patch: at inference only the patches of kept locations are read.
+
+    Args:
+        conv: 3x3, stride 1, padding 1, one group; shared by the levels.
+        levels: Features of one image, [C, h, w] per level.
+        index: [N] int64 into the locations of all levels, in the order of `flatten_levels`; repeats are legal.
+
+    Returns:
+        [N, out] in the type of `conv`.
+    """
+    assert conv.kernel_size == (3, 3)
+    assert conv.groups == 1
+    values = conv.weight.new_empty(len(index), conv.out_channels)
+    start = 0
+    for feature in levels:
+        height, width = feature.shape[-2:]
+        inside = ((index >= start) & (index < start + height * width)).nonzero().flatten()
+        cell = index[inside] - start
+        patches = _patches(feature, cell // width, cell % width)  # [n, C * 9]
+        values[inside] = F.linear(patches, conv.weight.flatten(1), conv.bias).to(values.dtype)
+        start += height * width
+    return values
+
+
+def _patches(feature: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[N, C * 9] zero-padded 3x3 neighbourhoods of a feature [C, h, w], in the order of a conv weight."""
+    padded = F.pad(feature, (1, 1, 1, 1))
+    offsets = torch.arange(3, device=feature.device)
+    patches = padded[:, rows[:, None, None] + offsets[:, None], columns[:, None, None] + offsets]  # [C, N, 3, 3]
+    return patches.transpose(0, 1).flatten(1)
