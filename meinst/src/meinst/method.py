@@ -1,0 +1,57 @@
+"""MEInst as the core's engine and command line see it."""
+
+from typing import TYPE_CHECKING, Any
+
+from meinst.config import VARIANTS, MEInstConfig
+from onestage.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from meinst.model import MEInst
+
+
+def build(config: MEInstConfig) -> "MEInst":
+    from meinst.model import MEInst
+
+    return MEInst(config)
+
+
+def convert(state: "dict[str, Tensor]", config: MEInstConfig) -> "tuple[dict[str, Tensor], list[str]]":
+    from meinst.convert import convert_state_dict
+
+    return convert_state_dict(state, config)
+
+
+def infer_config(state: "dict[str, Tensor]") -> MEInstConfig:
+    from meinst.convert import config_of
+
+    return config_of(state)
+
+
+def prepare(model: "MEInst", train_set: Any) -> None:
+    from meinst.fit import prepare_codec
+
+    prepare_codec(model, train_set)
+
+
+def fit_encoding(words: list[str]) -> int:
+    from meinst.fit_encoding import run
+
+    return run(words)
+
+
+METHOD = Method(
+    name="meinst",
+    title="MEInst (CVPR 2020): a mask as a short code beside each box",
+    config_type=MEInstConfig,
+    variants=VARIANTS,
+    default_variant="r50",
+    small_variant="small",
+    demo_variant="demo",
+    build=build,
+    convert=convert,
+    infer_config=infer_config,
+    prepare=prepare,
+    extra_verbs={"fit_encoding": fit_encoding},
+)
