@@ -119,7 +119,7 @@ def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:
     if flags.dry_run:
         return {"dry_run": True, "images": len(dataset)}
     metrics = evaluate_results_file(
-        flags.results, dataset, iou_types=flags.iou_types, max_dets=flags.max_dets, per_class=flags.per_class
+        flags.results, dataset.coco_gt(), iou_types=flags.iou_types, max_dets=flags.max_dets, per_class=flags.per_class
     )
     say_metrics(metrics)
     return metrics | {"images": len(dataset), "results": str(flags.results)}

@@ -128,7 +128,6 @@ class Predict(Common):
     score_thr: float = 0.3  # leave out instances below this score
     max_dets: int | None = None  # at most so many instances per image
     classes: tuple[str, ...] = ()  # only these categories, by name
-    size: int | None = None  # network input, shorter side in px
     save: tuple[Literal["image", "json", "masks"], ...] = ("image", "json")
     mask_format: Literal["rle", "polygon", "png"] = "rle"  # in the JSON; png: files, one per instance
     max_pixels: float = 100e6  # refuse larger images from their header

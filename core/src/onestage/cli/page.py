@@ -135,7 +135,8 @@ def draw(image: Tensor, instances: Instances, names: Sequence[str]) -> Image.Ima
         )
         inside = soft[0] > 0.5  # [1, h, w]
         grown = F.max_pool2d(inside.float(), 5, stride=1, padding=2) > 0
-        canvas = torch.where(inside, canvas * 0.5 + colour * 0.5, canvas)
+        grey = canvas.mean(dim=0, keepdim=True)  # the object's own colour would hide the category's
+        canvas = torch.where(inside, grey * 0.4 + colour * 0.6, canvas)
         canvas = torch.where(grown & ~inside, torch.full_like(canvas, 255.0), canvas)
     picture = Image.fromarray(canvas.round().to(torch.uint8).permute(1, 2, 0).numpy())
     if instances.scores is not None:

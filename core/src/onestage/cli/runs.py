@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import traceback
@@ -76,7 +77,7 @@ def open_run(
     run = Run(_new_folder(package, verb) if output is None else _given_folder(output, overwrite=overwrite, keep=keep))
     (run.folder / "error.json").unlink(missing_ok=True)
     run.write("config.json", config)
-    run.write("environment.json", environment(package))
+    run.write("environment.json", environment(package, verb))
     handler = logging.FileHandler(run.folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -93,11 +94,11 @@ def open_run(
         handler.close()
 
 
-def environment(package: str) -> dict[str, Any]:
+def environment(package: str, verb: str) -> dict[str, Any]:
     """Where a run takes place: versions, device, commit, command."""
     facts: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": [Path(sys.executable).name, *sys.argv],
+        "command": shlex.join(["python", "-m", f"{package}.{verb}", *_arguments(verb)]),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -186,6 +187,11 @@ def _write_error(run: Run) -> None:
 
 def _trace(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> list[str]:
     return "".join(traceback.format_exception(kind, error, trace)).splitlines()
+
+
+def _arguments(verb: str) -> list[str]:
+    words = sys.argv[1:]
+    return words[1:] if words[:1] == [verb] else words
 
 
 def _version(distribution: str) -> str | None:

@@ -1,0 +1,236 @@
+"""`predict`: instances in images, as pictures, COCO JSON and mask files."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from onestage.cli.app import config_record
+from onestage.cli.flags import Call
+from onestage.cli.runs import open_run
+from onestage.data.coco import read_image
+from onestage.engine.checkpoint import write_atomically
+from onestage.engine.predict import Predictor, Result
+from onestage.errors import DatasetError, UsageError, some
+from onestage.method import Method
+
+logger = logging.getLogger("onestage")
+
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"])
+VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image to look at: its file, and the name (without suffix) that what is written about it gets."""
+
+    path: Path
+    name: str
+
+
+def run(method: Method, call: Call) -> dict[str, Any]:
+    """Predicts and writes; returns what `--json` prints."""
+    flags = call.flags
+    if flags.weights is None:
+        raise UsageError("--weights is missing", f"python -m {method.name}.predict IMAGE --weights best.safetensors")
+    sources = _share(find_sources(flags.source), flags)
+    predictor = Predictor.from_weights(
+        flags.weights,
+        method=method,
+        device=flags.device,
+        precision=flags.precision,
+        score_threshold=flags.score_thr,
+        max_detections=flags.max_dets,
+    )
+    wanted = _labels(predictor.categories, flags.classes)
+    if flags.dry_run:
+        return {"dry_run": True, "images": len(sources)}
+    with open_run(
+        method.name,
+        "predict",
+        config_record(method, call),
+        output=flags.output,
+        overwrite=flags.overwrite,
+        keep=flags.skip_existing or flags.shard != "0/1",
+    ) as run:
+        book = _Book(run.folder / _json_name(flags.shard), predictor.categories, flags.mask_format == "polygon")
+        if flags.skip_existing:
+            book.take_over()
+        todo = [source for source in sources if source.path.as_posix() not in book.files]
+        bad: list[str] = []
+        try:
+            for source in tqdm(todo, desc="predict", unit="image", disable=flags.quiet, file=sys.stderr, leave=False):
+                try:
+                    image = read_image(source.path, max_pixels=flags.max_pixels)
+                except DatasetError as error:
+                    if len(sources) == 1:
+                        raise
+                    logger.warning("%s", error.what)
+                    bad.append(str(source.path))
+                    continue
+                result = predictor(image)
+                if wanted is not None:
+                    result = result[torch.isin(result.labels, wanted)]
+                book.add(source, image, result)
+                if "image" in flags.save:
+                    _save_picture(run.folder / "images" / f"{source.name}.jpg", image, result)
+                if "masks" in flags.save or flags.mask_format == "png":
+                    _save_masks(run.folder / "masks", source.name, result)
+        finally:
+            if "json" in flags.save:
+                book.write()
+        logger.info("%d instances in %d images: %s", book.num_new, len(todo) - len(bad), run.folder)
+        if bad:
+            raise DatasetError(
+                f"{len(bad)} of {len(sources)} images could not be read: {some(bad)}",
+                f"replace them; the others are done and in {run.folder}",
+            )
+        return {
+            "images": len(todo),
+            "skipped": len(sources) - len(todo),
+            "instances": book.num_new,
+            "json": str(book.path) if "json" in flags.save else None,
+            "run": str(run.folder),
+        }
+
+
+def find_sources(words: Sequence[str]) -> list[Source]:
+    """The images that files, folders, patterns and `-` (a list on stdin) name, in order, each once.
+
+    Raises:
+        UsageError: nothing named, something that is not there, or a video.
+    """
+    if not words:
+        raise UsageError("no SOURCE", "name image files, a folder, a pattern in quotes, or - for a list on stdin")
+    sources: list[Source] = []
+    names: set[str] = set()
+    seen: set[Path] = set()
+    for path, name in _expand(words):
+        if path in seen:
+            continue
+        seen.add(path)
+        stem = name.with_suffix("").as_posix()
+        if stem in names:  # a.jpg and a.png, or the same name from two folders
+            stem = next(s for s in (f"{stem}-{number}" for number in range(2, 10**9)) if s not in names)
+        names.add(stem)
+        sources.append(Source(path, stem))
+    return sources
+
+
+def _expand(words: Iterable[str]) -> Iterable[tuple[Path, Path]]:
+    """(file, name relative to what named it) of every image."""
+    for word in words:
+        path = Path(word)
+        if word == "-":
+            yield from _expand(line.strip() for line in sys.stdin if line.strip())
+        elif path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not files:
+                raise UsageError(f"SOURCE '{word}' has no images", f"it may hold {some(sorted(IMAGE_SUFFIXES), 12)}")
+            yield from ((file, file.relative_to(path)) for file in files)
+        elif path.suffix.lower() in VIDEO_SUFFIXES:
+            raise UsageError(f"SOURCE '{word}' is a video; only images are read", "extract its frames into a folder")
+        elif path.is_file():
+            yield path, Path(path.name)
+        elif any(sign in word for sign in "*?["):
+            matches = sorted(Path(match) for match in glob.glob(word, recursive=True))
+            files = [p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            if not files:
+                raise UsageError(f"SOURCE '{word}' matches no image", "check the pattern, and quote it")
+            yield from ((file, Path(file.name)) for file in files)
+        else:
+            raise UsageError(f"SOURCE '{word}' does not exist", "name an image, a folder, or a pattern in quotes")
+
+
+def _share(sources: list[Source], flags: Any) -> list[Source]:
+    """What --stride, --shard and --limit leave of the sources."""
+    index, _, count = flags.shard.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UsageError(f"--shard is '{flags.shard}'; expected I/N with I from 0 to N-1", "as in --shard 0/4")
+    if flags.stride < 1:
+        raise UsageError(f"--stride is {flags.stride}", "give at least 1")
+    return sources[:: flags.stride][int(index) :: int(count)][: flags.limit]
+
+
+def _labels(categories: Sequence[tuple[int, str]], names: Sequence[str]) -> Tensor | None:
+    """Labels of the categories to keep; None keeps all."""
+    known = {name: label for label, (_, name) in enumerate(categories)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"--classes: the weights do not know {some(unknown)}", f"they know {some(list(known), 20)}")
+    return torch.tensor([known[name] for name in names]) if names else None
+
+
+def _json_name(shard: str) -> str:
+    return "predictions.json" if shard == "0/1" else f"predictions-{shard.replace('/', '-of-')}.json"
+
+
+class _Book:
+    """Collects predictions as a data set in COCO format whose annotations carry scores."""
+
+    def __init__(self, path: Path, categories: Sequence[tuple[int, str]], polygons: bool):
+        self.path = path
+        self.polygons = polygons
+        self.num_new = 0
+        self.files: set[str] = set()
+        self.content: dict[str, list[dict[str, Any]]] = {
+            "images": [],
+            "categories": [{"id": number, "name": name} for number, name in categories],
+            "annotations": [],
+        }
+
+    def take_over(self) -> None:
+        """Starts from what an earlier run wrote."""
+        if not self.path.is_file():
+            return
+        try:
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+            self.files = {entry["file_name"] for entry in self.content["images"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"'{self.path}' is not what predict wrote: {error}", "remove it, or --overwrite"
+            ) from None
+
+    def add(self, source: Source, image: Tensor, result: Result) -> None:
+        images, annotations = self.content["images"], self.content["annotations"]
+        image_id = len(images) + 1
+        height, width = image.shape[-2:]
+        images.append({"id": image_id, "file_name": source.path.as_posix(), "height": height, "width": width})
+        self.files.add(source.path.as_posix())
+        polygons = result.masks.to_polygons() if self.polygons else None
+        areas = result.masks.area()
+        for index, entry in enumerate(result.to_coco(image_id)):
+            area = int(areas[index])
+            annotations.append({"id": len(annotations) + 1, **entry, "area": area, "iscrowd": 0})
+            if polygons is not None:
+                annotations[-1]["segmentation"] = polygons[index]
+        self.num_new += len(result)
+
+    def write(self) -> None:
+        write_atomically(self.path, json.dumps(self.content).encode())
+
+
+def _save_picture(path: Path, image: Tensor, result: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(result.draw(image)).save(path, quality=92)
+
+
+def _save_masks(folder: Path, name: str, result: Result) -> None:
+    """One black-and-white PNG for each instance: `<image>/<number>-<category>-<score>.png`."""
+    target = folder / name
+    target.mkdir(parents=True, exist_ok=True)
+    for index, mask in enumerate(result.masks.to_bool()):
+        category = "".join(c if c.isalnum() else "_" for c in result.names[index])
+        file = target / f"{index:03d}-{category}-{float(result.scores[index]):.2f}.png"
+        to_pil_image(mask.to(torch.uint8)[None] * 255).save(file)
