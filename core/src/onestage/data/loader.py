@@ -7,7 +7,8 @@ so a resumed run goes on exactly, with any number of workers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from onestage.config import InputConfig
+from onestage.errors import UserError
 from onestage.structures import Target
 
 Sample = tuple[Tensor, Target]
@@ -82,15 +84,20 @@ def make_loader(
     """
     if workers:
         _allow_many_open_files()
-    if not training:
-        own = dataset.subset(range(rank, len(dataset), world))
-        return DataLoader(_as_torch(own), batch_size, num_workers=workers, collate_fn=collate)
-    return DataLoader(
-        AugmentedDataset(dataset, augment(config), seed),
-        batch_sampler=ResumableSampler(dataset.aspect_ratios, batch_size, seed=seed, rank=rank, world=world),
+    batches: Iterable[list[tuple[int, int]]]
+    if training:
+        change = augment(config)
+        batches = ResumableSampler(dataset.aspect_ratios, batch_size, seed=seed, rank=rank, world=world)
+    else:
+        change = augment(replace(config, augmentation="none"))
+        own = [(0, index) for index in range(rank, len(dataset), world)]
+        batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    return _Loader(
+        AugmentedDataset(dataset, change, seed),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        persistent_workers=workers > 0,
+        persistent_workers=training and workers > 0,
     )
 
 
@@ -125,7 +132,7 @@ class ResumableSampler(Sampler):
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-len(self.wide) // (self.batch_size * self.world))
+        return math.ceil(len(self.wide) / (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batches = self._batches(self.epoch)
@@ -171,18 +178,37 @@ class AugmentedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
         epoch, index = key
-        sample = self.dataset[index]
+        try:
+            sample = self.dataset[index]
+        except UserError as error:  # raised in the main process: between processes torch would make text of it
+            return error
         with torch.random.fork_rng(devices=[]):
             state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0]))
             return self.change(*sample)
 
 
-def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
-    """Two lists; images of a batch differ in size until the model has resized them."""
-    return [image for image, _ in samples], [target for _, target in samples]
+def collate(samples: Sequence[Sample | UserError]) -> tuple[list[Tensor], list[Target]] | UserError:
+    """Two lists, as images of a batch differ in size until the model has resized them; or the first error."""
+    images, targets = [], []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        images.append(sample[0])
+        targets.append(sample[1])
+    return images, targets
+
+
+class _Loader(DataLoader):
+    """Raises the errors that workers hand on."""
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target]]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 def augment(config: InputConfig) -> Augmentation:
@@ -297,10 +323,6 @@ def _mirrored(polygon: Sequence[float], width: int) -> Iterator[float]:
 
 def _uniform(low: float, high: float) -> float:
     return low + float(torch.rand((), dtype=torch.float64)) * (high - low)
-
-
-def _as_torch(dataset: InstanceDataset) -> Dataset:
-    return dataset  # type: ignore[return-value]  # a DataLoader needs no more than len and []
 
 
 def _allow_many_open_files() -> None:

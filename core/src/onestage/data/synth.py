@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -34,6 +34,7 @@ class Difficulty:
 
     objects: tuple[int, int]  # instances of an image, both included
     extent: tuple[float, float]  # longer side of an object, in image sizes
+    large: float  # 1: sizes as on a logarithmic scale; below 1: more of the larger ones
     touching: float  # share of instances set against the one before, same class and alike in colour
     visible: float  # least share of every instance that stays visible
     stretch: float  # largest ratio between the two sides' scales
@@ -43,13 +44,13 @@ class Difficulty:
 
 DIFFICULTIES: Mapping[DifficultyName, Difficulty] = {
     "easy": Difficulty(
-        objects=(2, 4), extent=(0.125, 0.47), touching=0.2, visible=0.8, stretch=1.15, bars=0, contrast=0.4
+        objects=(2, 4), extent=(0.125, 0.47), large=0.5, touching=0.2, visible=0.8, stretch=1.15, bars=0, contrast=0.4
     ),
     "medium": Difficulty(
-        objects=(2, 7), extent=(0.1, 0.6), touching=0.35, visible=0.5, stretch=1.4, bars=1, contrast=0.3
+        objects=(2, 7), extent=(0.1, 0.6), large=0.7, touching=0.35, visible=0.5, stretch=1.4, bars=1, contrast=0.3
     ),
     "hard": Difficulty(
-        objects=(4, 14), extent=(0.06, 0.9), touching=0.5, visible=0.3, stretch=1.8, bars=3, contrast=0.2
+        objects=(4, 14), extent=(0.06, 0.9), large=1.0, touching=0.5, visible=0.3, stretch=1.8, bars=3, contrast=0.2
     ),
 }
 
@@ -137,7 +138,8 @@ class ShapesDataset:
         Args:
             folder: Where images are written as well, if anywhere; it exists.
         """
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(len(self)):
             pixels, target = self[index]
             name = f"{target.image_id:06d}.jpg"
@@ -205,78 +207,93 @@ def draw_scene(
     Returns:
         pixels [size, size, 3] uint8 RGB; masks [G, size, size] uint8 of what is visible; labels [G] int64.
     """
-    backdrop = _hsv(random.random(), random.uniform(0.15, 0.5), random.uniform(0.3, 0.95))
-    canvas = _background(random, size, backdrop)
-    masks: list[np.ndarray] = []
-    areas: list[int] = []
-    labels: list[int] = []
+    canvas, backdrop = _background(random, size)
+    owner = np.zeros((size, size), dtype=np.int64)  # number of the instance in front, 0 for none
+    areas, visible, labels = [size * size], np.array([0]), [-1]  # by that number
     last: _Shape | None = None
     wanted = int(random.integers(difficulty.objects[0], difficulty.objects[1] + 1))
-    for _ in range(wanted * 4):
-        if len(masks) == wanted:
-            break
-        shape = _draw_shape(random, size, classes, difficulty, backdrop, last)
-        mask = _full(shape.alpha >= 0.5, shape.corner, size)
-        if masks and any(
-            (old & ~mask).sum() < difficulty.visible * area for old, area in zip(masks, areas, strict=True)
-        ):
+    num_bars = int(random.integers(difficulty.bars + 1))
+    for turn in range(4 * wanted + num_bars):
+        is_bar = turn >= 4 * wanted
+        if not is_bar and len(labels) > wanted:
             continue
-        _paint(canvas, shape)
-        for old in masks:
-            old &= ~mask
-        masks.append(mask)
-        areas.append(int(mask.sum()))
-        labels.append(shape.label)
-        last = shape
-    for _ in range(int(random.integers(difficulty.bars + 1))):
-        bar = _draw_bar(random, size)
-        mask = _full(bar.alpha >= 0.5, bar.corner, size)
-        if all((old & ~mask).sum() >= difficulty.visible * area for old, area in zip(masks, areas, strict=True)):
-            _paint(canvas, bar)
-            for old in masks:
-                old &= ~mask
+        shape = _draw_bar(random, size) if is_bar else _draw_shape(random, size, classes, difficulty, backdrop, last)
+        on_canvas, in_window = _overlap(shape, size)
+        mask = shape.alpha[in_window] >= 0.5
+        left = visible - np.bincount(owner[on_canvas][mask], minlength=len(visible))
+        if (left < difficulty.visible * np.array(areas))[1:].any():
+            continue
+        _paint(canvas[on_canvas], shape, in_window)
+        owner[on_canvas][mask] = 0 if is_bar else len(labels)
+        visible = left
+        if not is_bar:
+            areas.append(int(mask.sum()))
+            visible = np.append(visible, areas[-1])
+            labels.append(shape.label)
+            last = shape
     canvas += random.standard_normal((size, size, 1), dtype=np.float32) * 4
-    return canvas.clip(0, 255).astype(np.uint8), np.stack(masks).astype(np.uint8), np.array(labels, dtype=np.int64)
+    masks = owner == np.arange(1, len(labels))[:, None, None]
+    return canvas.clip(0, 255).astype(np.uint8), masks.astype(np.uint8), np.array(labels[1:], dtype=np.int64)
 
 
-Outline = list[tuple[float, float]]
-Part = tuple[Outline, bool]  # filled, or cut out again
+Part = tuple[np.ndarray, bool]  # outline [points, 2] x, y; filled, or cut out again
 
 
-def _circle(radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> Outline:
+def _circle(radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> np.ndarray:
     angles = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+    return np.stack((x + radius * np.cos(angles), y + radius * np.sin(angles)), 1)
 
 
-def _polar(radius: Callable[[float], float], points: int) -> Outline:
-    angles = [2 * math.pi * i / points for i in range(points)]
-    return [(radius(a) * math.cos(a), radius(a) * math.sin(a)) for a in angles]
+def _star() -> np.ndarray:
+    angles = np.linspace(0, 2 * math.pi, 10, endpoint=False)
+    radius = np.where(np.arange(10) % 2, 0.45, 1.0)
+    return np.stack((radius * np.cos(angles), radius * np.sin(angles)), 1)
 
 
-def _heart(angle: float) -> tuple[float, float]:
-    x = 16 * math.sin(angle) ** 3
-    y = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)
-    return x / 16, -y / 16
+def _flower() -> np.ndarray:
+    angles = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+    radius = 0.78 + 0.22 * np.cos(6 * angles)
+    return np.stack((radius * np.cos(angles), radius * np.sin(angles)), 1)
 
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack((np.sin(t) ** 3, -y / 16), 1)
+
+
+_CROSS = [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1)]
+_CROSS += [(-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)]
+_ARROW = [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)]
 
 # Name to its parts, drawn one after the other; any scale, turned and scaled when drawn.
 SHAPES: Mapping[str, tuple[Part, ...]] = {
     "ring": ((_circle(), True), (_circle(0.52), False)),
-    "star": ((_polar(lambda a: 1.0 if round(a * 5 / math.pi) % 2 == 0 else 0.45, 10), True),),
-    "heart": (([_heart(2 * math.pi * i / 48) for i in range(48)], True),),
+    "star": ((_star(), True),),
+    "heart": ((_heart(), True),),
     "pair": ((_circle(0.55, -0.66), True), (_circle(0.55, 0.66), True)),  # two parts, one object
     "moon": ((_circle(), True), (_circle(0.82, 0.5), False)),
-    "flower": ((_polar(lambda a: 0.78 + 0.22 * math.cos(6 * a), 72), True), (_circle(0.2), False)),
-    "cross": (
-        (
-            [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35)]
-            + [(0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
-            True,
-        ),
-    ),
-    "arrow": (([(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)], True),),
+    "flower": ((_flower(), True), (_circle(0.2), False)),
+    "cross": ((np.array(_CROSS), True),),
+    "arrow": ((np.array(_ARROW), True),),
 }
 NAMES = tuple(SHAPES)
+
+# 0xRRGGBB of objects, and of what is behind and across them.
+COLORS = (0xEF476F, 0xFF8A5B, 0xFFC53D, 0x7CCB5A, 0x06C79A, 0x19A7CE, 0x3A6EEA, 0x8E5BE8, 0xE85BB5, 0xF4E9CD, 0xD1453B)
+BACKDROPS = (
+    0x264653,
+    0x3D405B,
+    0x5C6B5A,
+    0x8A8F7A,
+    0xCB997E,
+    0xD9C3A5,
+    0xB7B7A4,
+    0x4F7A5B,
+    0x457B9D,
+    0x8D99AE,
+    0xDED7C4,
+)
 
 _SUPERSAMPLING = 4  # subpixels per side
 
@@ -288,6 +305,7 @@ class _Shape:
     Args:
         corner: x, y of the window's top left pixel, may lie outside the canvas.
         alpha: [h, w] float32 coverage in 0..1, with a margin of `_MARGIN` empty pixels.
+        soft: [h, w] float32, `alpha` blurred.
         color: [3] float32 RGB.
         pattern: [h, w] float32 brightness factor.
         label: 0..K-1, -1 for a bar.
@@ -296,6 +314,7 @@ class _Shape:
 
     corner: tuple[int, int]
     alpha: np.ndarray
+    soft: np.ndarray
     color: np.ndarray
     pattern: np.ndarray
     label: int
@@ -315,7 +334,7 @@ def _draw_shape(
 ) -> _Shape:
     """A shape at a random place, or against the last one."""
     low, high = difficulty.extent
-    extent = size * math.exp(random.uniform(math.log(low), math.log(high)))
+    extent = size * low * (high / low) ** random.random() ** difficulty.large
     beside = last is not None and random.random() < difficulty.touching
     if beside:
         assert last is not None
@@ -323,9 +342,8 @@ def _draw_shape(
         color = (last.color * random.uniform(0.92, 1.08)).clip(0, 255)
     else:
         label, color = int(random.integers(classes)), _color_unlike(random, backdrop, difficulty.contrast)
-    parts = _placed(random, SHAPES[NAMES[label]], extent, difficulty.stretch)
-    alpha = _rasterise(parts)
-    height, width = (side - 2 * _MARGIN for side in alpha.shape)
+    parts, width, height = _placed(random, SHAPES[NAMES[label]], extent, difficulty.stretch)
+    alpha, soft = _rasterise(parts, width, height)
     if beside:
         assert last is not None
         last_height, last_width = (side - 2 * _MARGIN for side in last.alpha.shape)
@@ -336,7 +354,8 @@ def _draw_shape(
     else:
         x, y = random.uniform(0, max(1, size - width)), random.uniform(0, max(1, size - height))
     x, y = min(max(x, 0), max(size - width, 0)), min(max(y, 0), max(size - height, 0))
-    return _Shape((int(x) - _MARGIN, int(y) - _MARGIN), alpha, color, _pattern(random, alpha.shape), label, extent)
+    corner = (int(x) - _MARGIN, int(y) - _MARGIN)
+    return _Shape(corner, alpha, soft, color, _pattern(random, alpha.shape), label, extent)
 
 
 def _draw_bar(random: np.random.Generator, size: int) -> _Shape:
@@ -345,73 +364,72 @@ def _draw_bar(random: np.random.Generator, size: int) -> _Shape:
     along = np.array([math.cos(angle), math.sin(angle)]) * size
     across = np.array([-math.sin(angle), math.cos(angle)]) * half
     middle = random.uniform(0.3, 0.7, 2) * size
-    corners = [middle + along + across, middle + along - across, middle - along - across, middle - along + across]
-    image = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
-    outline = [tuple(corner * _SUPERSAMPLING) for corner in corners]
-    ImageDraw.Draw(image).polygon(outline, fill=255)
-    alpha = np.pad(np.asarray(image.reduce(_SUPERSAMPLING), dtype=np.float32) / 255, _MARGIN, mode="edge")
-    color = _hsv(random.random(), 0.15, random.uniform(0.25, 0.9))
-    return _Shape((-_MARGIN, -_MARGIN), alpha, color, _pattern(random, alpha.shape), -1, float(size))
+    outline = [middle + along + across, middle + along - across, middle - along - across, middle - along + across]
+    alpha, soft = _rasterise([(np.array(outline), True)], size, size)
+    color = _jittered(random, BACKDROPS)
+    return _Shape((-_MARGIN, -_MARGIN), alpha, soft, color, _pattern(random, alpha.shape), -1, float(size))
 
 
 def _placed(
     random: np.random.Generator, parts: Sequence[Part], extent: float, stretch: float
-) -> list[tuple[np.ndarray, bool]]:
-    """The parts stretched, turned and scaled so that the longer side of all of them is `extent` px, from 0, 0."""
+) -> tuple[list[tuple[np.ndarray, bool]], int, int]:
+    """The parts stretched, turned and scaled so that the longer side of all of them is `extent` px; width, height."""
     angle, ratio = random.uniform(0, 2 * math.pi), random.uniform(1 / stretch, stretch)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    turned = [(np.array(outline) * [ratio, 1] @ turn.T, filled) for outline, filled in parts]
+    turned = [(outline * [ratio, 1] @ turn.T, filled) for outline, filled in parts]
     everything = np.concatenate([outline for outline, filled in turned if filled])
     low, high = everything.min(0), everything.max(0)
     scale = extent / (high - low).max()
-    return [((outline - low) * scale, filled) for outline, filled in turned]
+    width, height = np.ceil((high - low) * scale).astype(int).tolist()
+    return [((outline - low) * scale, filled) for outline, filled in turned], width, height
 
 
-def _rasterise(parts: Sequence[tuple[np.ndarray, bool]]) -> np.ndarray:
-    """[h, w] float32 coverage in 0..1 of parts in pixels, with the margin around."""
-    width, height = np.ceil(np.concatenate([outline for outline, filled in parts if filled]).max(0)).astype(int)
+def _rasterise(parts: Sequence[tuple[np.ndarray, bool]], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage of parts in pixels of a width x height window, plain and blurred, with the margin around.
+
+    Returns:
+        Two [height + 2 * _MARGIN, width + 2 * _MARGIN] float32 in 0..1.
+    """
     grid = ((width + 2 * _MARGIN) * _SUPERSAMPLING, (height + 2 * _MARGIN) * _SUPERSAMPLING)
     image = Image.new("L", grid)
     draw = ImageDraw.Draw(image)
     for outline, filled in parts:
         draw.polygon(((outline + _MARGIN) * _SUPERSAMPLING).flatten().tolist(), fill=255 if filled else 0)
-    return np.asarray(image.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+    image = image.reduce(_SUPERSAMPLING)
+    soft = image.filter(ImageFilter.BoxBlur(2))
+    return tuple(np.asarray(layer, dtype=np.float32) * np.float32(1 / 255) for layer in (image, soft))
 
 
-def _paint(canvas: np.ndarray, shape: _Shape) -> None:
+def _paint(under: np.ndarray, shape: _Shape, in_window: tuple[slice, slice]) -> None:
     """Lays a shape over the canvas: a soft shadow, then its colour, lit from the top left so that edges stand out.
 
     Args:
-        canvas: [H, W, 3] float32 0..255, changed in place.
-        shape: Whose window may go beyond the canvas.
+        under: [h, w, 3] float32 0..255, the part of the canvas below the shape's window; changed in place.
+        shape: What to lay there.
+        in_window: The part of the shape's window that is on the canvas.
     """
-    soft = _blurred(shape.alpha)
-    height, width = soft.shape
-    shift = 3
+    soft, shift = shape.soft, 3
     shadow = np.zeros_like(soft)
     shadow[shift:, shift:] = soft[:-shift, :-shift]
     slope = np.zeros_like(soft)
-    slope[1:-1, 1:-1] = (soft[2:, 1:-1] - soft[:-2, 1:-1]) + (soft[1:-1, 2:] - soft[1:-1, :-2])
-    fall = np.linspace(0.08, -0.08, height, dtype=np.float32)[:, None] + 0.0
-    light = shape.pattern * (1 + fall + 0.55 * slope.clip(-0.6, 0.6))
-    x, y = shape.corner
-    left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + width, canvas.shape[1]), min(y + height, canvas.shape[0])
-    window = (slice(top - y, bottom - y), slice(left - x, right - x))
-    under = canvas[top:bottom, left:right]
-    under *= 1 - 0.45 * shadow[window][..., None]
-    under += shape.alpha[window][..., None] * (light[window][..., None] * shape.color - under)
+    slope[1:-1, 1:-1] = soft[2:, 1:-1] - soft[:-2, 1:-1] + soft[1:-1, 2:] - soft[1:-1, :-2]
+    light = shape.pattern * (1 + np.float32(0.55) * slope.clip(-0.6, 0.6))
+    under *= 1 - np.float32(0.45) * shadow[in_window][..., None]
+    under += shape.alpha[in_window][..., None] * (light[in_window][..., None] * shape.color - under)
 
 
-def _background(random: np.random.Generator, size: int, color: np.ndarray) -> np.ndarray:
-    """[size, size, 3] float32: clouds of a few near colours, with a weave of fine stripes or dots."""
-    other = _hsv(random.random(), random.uniform(0.1, 0.5), random.uniform(0.3, 0.95))
+def _background(random: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clouds of two colours with a weave of fine stripes.
+
+    Returns:
+        [size, size, 3] float32 0..255, and [3] float32, its main colour.
+    """
+    color, other = _jittered(random, BACKDROPS), _jittered(random, BACKDROPS)
     coarse = _noise(random, size, int(random.integers(3, 6)))
     fine = _noise(random, size, int(random.integers(12, 28)))
-    mix = (0.35 * coarse + 0.12 * fine + 0.15).clip(0, 0.6)[..., None]
-    canvas = color * (1 - mix) + other * mix
-    canvas *= 1 + 0.12 * (fine[..., None] - 0.5) + 0.06 * _weave(random, (size, size))[..., None]
-    return canvas.astype(np.float32)
+    mix = (0.35 * coarse + 0.12 * fine + 0.05).clip(0, 0.5)
+    light = 0.94 + 0.12 * fine + 0.05 * _weave(random, (size, size))
+    return light[..., None] * (color + mix[..., None] * (other - color)), color
 
 
 def _noise(random: np.random.Generator, size: int, cells: int) -> np.ndarray:
@@ -437,40 +455,33 @@ def _pattern(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return 1 + np.float32(0.13) * _weave(random, shape)
 
 
-def _blurred(alpha: np.ndarray) -> np.ndarray:
-    """Mean over 5 x 5 pixels; beyond the array it is empty."""
-    padded = np.pad(alpha, 3)[:-1, :-1].cumsum(0).cumsum(1)
-    return (padded[5:, 5:] - padded[:-5, 5:] - padded[5:, :-5] + padded[:-5, :-5]) / 25
-
-
 def _color_unlike(random: np.random.Generator, backdrop: np.ndarray, contrast: float) -> np.ndarray:
-    """A lively colour at least `contrast` away from the backdrop."""
-    for _ in range(20):
-        color = _hsv(random.random(), random.uniform(0.5, 0.9), random.uniform(0.6, 1.0))
+    """A lively colour that is, if a few tries find one, at least `contrast` away from the backdrop."""
+    for _ in range(8):
+        color = _jittered(random, COLORS)
         if np.abs(color - backdrop).max() >= 255 * contrast:
             break
     return color
 
 
-def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """[3] float32 RGB 0..255."""
-    sector = np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
-    return (255 * value * (1 - saturation + saturation * sector.clip(0, 1))).astype(np.float32)
+def _jittered(random: np.random.Generator, palette: Sequence[int]) -> np.ndarray:
+    """[3] float32 RGB 0..255 near one of the palette's 0xRRGGBB."""
+    code = palette[int(random.integers(len(palette)))]
+    color = np.array([code >> 16, code >> 8 & 255, code & 255], dtype=np.float32)
+    return (color + random.uniform(-18, 18, 3).astype(np.float32)).clip(0, 255)
 
 
-def _full(window: np.ndarray, corner: tuple[int, int], size: int) -> np.ndarray:
-    """[size, size] bool from a window that may go beyond."""
-    mask = np.zeros((size, size), dtype=bool)
-    x, y = corner
+def _overlap(shape: _Shape, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Rows and columns where the shape's window and the canvas meet: in the canvas, in the window."""
+    x, y = shape.corner
     left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + window.shape[1], size), min(y + window.shape[0], size)
-    mask[top:bottom, left:right] = window[top - y : bottom - y, left - x : right - x]
-    return mask
+    right, bottom = min(x + shape.alpha.shape[1], size), min(y + shape.alpha.shape[0], size)
+    return (slice(top, bottom), slice(left, right)), (slice(top - y, bottom - y), slice(left - x, right - x))
 
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
     """[G, 4] float32 exclusive xyxy of [G, H, W] masks, none of them empty."""
-    columns, rows = masks.any(1), masks.any(2)
+    columns, rows = masks.any(axis=1), masks.any(axis=2)
     sides = (columns.argmax(1), rows.argmax(1))
     ends = (columns.shape[1] - columns[:, ::-1].argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1))
     return np.stack((*sides, *ends), 1).astype(np.float32)

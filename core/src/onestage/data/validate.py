@@ -6,6 +6,7 @@ number is looked at here once, and what is left is held in arrays that worker pr
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
@@ -197,10 +198,8 @@ def _compact(value: dict[str, Any]) -> dict[str, Any]:
     """Packs polygons while the file is parsed: as Python floats all of COCO's would take gigabytes."""
     polygons = value.get("segmentation")
     if isinstance(polygons, list):
-        try:
+        with contextlib.suppress(TypeError, OverflowError):  # not polygons; the check says so
             value["segmentation"] = [array("d", polygon) for polygon in polygons]
-        except (TypeError, OverflowError):
-            pass  # not polygons; the check says so
     return value
 
 
@@ -251,7 +250,7 @@ def _image_problem(image: Mapping[str, Any], max_pixels: float) -> str | None:
     problem = file_name_problem(image.get("file_name"))
     if problem:
         return f"file_name {_short(image.get('file_name'))} {problem}"
-    height, width = image.get("height"), image.get("width")
+    height, width = image.get("height", 0), image.get("width", 0)
     if not _whole(height) or not _whole(width) or height < 1 or width < 1:
         return f"('{image['file_name']}') needs whole numbers 'height' and 'width' above 0, found {height} and {width}"
     if height * width > max_pixels:
@@ -423,7 +422,8 @@ def _ends(counts: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _frames_as_images(content: dict[str, Any], source: str) -> dict[str, Any]:
     """A YouTube-VIS file as COCO: every frame an image, numbered from 1 in file order."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     first_of: dict[Any, list[int]] = {}
     try:
         for video in content["videos"]:

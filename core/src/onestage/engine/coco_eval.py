@@ -196,8 +196,9 @@ def check_results(results: Any, gt: COCO, iou_types: Sequence[str], name: str) -
                 "evaluate against the annotations that the results were made for",
             )
         if type(entry.get("category_id")) is not int or entry["category_id"] not in gt.cats:
+            known = some([str(key) for key in gt.cats])
             raise DatasetError(
-                f"{where} has category_id {entry.get('category_id')!r}; known are {some([str(key) for key in gt.cats])}",
+                f"{where} has category_id {entry.get('category_id')!r}; known are {known}",
                 "results use the data set's own category ids",
             )
         if not _all_finite([entry.get("score")]):

@@ -1,0 +1,82 @@
+"""`python -m onestage.synth FOLDER`: writes a generated data set in COCO format, to try things without data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from onestage.errors import MachineError, UsageError, UserError
+
+
+@dataclass(frozen=True)
+class SynthFlags:
+    """Writes generated shapes as a data set in COCO format: annotations/instances_{train,val}.json, train/, val/."""
+
+    folder: tyro.conf.Positional[Path]
+    """Where to."""
+    train: int = 1000
+    """Images for training."""
+    val: int = 100
+    """Images for validation; they have nothing in common with those for training."""
+    size: int = 128
+    """Height and width, pixels."""
+    classes: int = 3
+    """Kinds of shapes: ring, star, heart, pair, moon, flower, cross, arrow."""
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
+    """How many objects, how small, how much they overlap."""
+    seed: int = 0
+    """The same seed gives the same images."""
+    overwrite: bool = False
+    """Write into a folder that is not empty."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Args:
+        argv: The command line without the program's name; None takes the process's.
+    """
+    flags = tyro.cli(SynthFlags, args=argv, prog="python -m onestage.synth")
+    try:
+        write(flags)
+    except UserError as error:
+        print(f"error: {error.what}\n  fix: {error.fix}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def write(flags: SynthFlags) -> None:
+    """Writes the data set and says what to do with it."""
+    from onestage.data.synth import make_shapes  # here, so that --help does not wait for torch
+
+    if flags.folder.is_file():
+        raise UsageError(f"'{flags.folder}' is a file", "name a folder")
+    if flags.folder.is_dir() and any(flags.folder.iterdir()) and not flags.overwrite:
+        raise UsageError(f"'{flags.folder}' is there and not empty", "name another folder, or add --overwrite")
+    try:
+        make_shapes(
+            flags.folder,
+            images=(flags.train, flags.val),
+            seed=flags.seed,
+            size=flags.size,
+            classes=flags.classes,
+            difficulty=flags.difficulty,
+        )
+    except OSError as error:
+        raise MachineError(f"'{flags.folder}' cannot be written: {error.strerror}", "name another folder") from None
+    print(f"{flags.train} + {flags.val} images in {flags.folder}", file=sys.stderr)
+    print(f"next: python -m sipmask.train --small --data {flags.folder}", file=sys.stderr)
+    if flags.json:
+        print(json.dumps({"data": str(flags.folder), "train": flags.train, "val": flags.val}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
