@@ -1,0 +1,30 @@
+"""SAIS as the core's engine and command line see it."""
+
+from typing import TYPE_CHECKING
+
+from onestage.method import Method
+from sais.config import VARIANTS, SAISConfig
+from sais.convert import config_of, convert_state_dict
+
+if TYPE_CHECKING:
+    from sais.model import SAIS
+
+
+def build(config: SAISConfig) -> "SAIS":
+    from sais.model import SAIS
+
+    return SAIS(config)
+
+
+METHOD = Method(
+    name="sais",
+    title="SAIS (2019): FCOS with prototype masks and centre-aware targets",
+    config_type=SAISConfig,
+    variants=VARIANTS,
+    default_variant="r50_768",
+    small_variant="small",
+    demo_variant="demo",
+    build=build,
+    convert=convert_state_dict,
+    infer_config=config_of,
+)
