@@ -48,7 +48,7 @@ def test_a_leftover_tensor_is_refused():
     config = replace(R50_RT_6X, num_classes=4)
     official = _official(SipMask(config), config)
     official["bbox_head.surprise.weight"] = torch.zeros(1)
-    with pytest.raises(WeightsError, match="no place for bbox_head.surprise.weight"):
+    with pytest.raises(WeightsError, match=r"no place for bbox_head\.surprise\.weight"):
         convert_state_dict(official, config)
 
 
@@ -63,7 +63,7 @@ def test_a_missing_tensor_is_refused():
 def test_another_shape_is_refused():
     config = replace(R50_RT_6X, num_classes=4)
     official = _official(SipMask(config), config)
-    with pytest.raises(WeightsError, match="another shape: head.logits.weight"):
+    with pytest.raises(WeightsError, match=r"another shape: head\.logits\.weight"):
         convert_state_dict(official, replace(config, num_classes=5))
 
 

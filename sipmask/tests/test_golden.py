@@ -131,9 +131,9 @@ def test_targets_and_losses(golden, variant):
     targets = assign_targets(_targets(case), raw, config)
     for i, labels in enumerate(case["target_labels"]):
         positive = labels > 0
-        assert torch.equal(targets.labels[i], labels - 1)
-        assert torch.equal(targets.index[i, positive], case["gt_index_of_pos"][i])
-        assert_close(targets.ltrb[i, positive], case["target_ltrb"][i][positive], atol=1e-4, rtol=0)
+        assert torch.equal(targets.assigned.labels[i], labels - 1)
+        assert torch.equal(targets.assigned.index[i, positive], case["gt_index_of_pos"][i])
+        assert_close(targets.assigned.ltrb[i, positive], case["target_ltrb"][i][positive], atol=1e-4, rtol=0)
     losses = compute_losses(raw, targets, config)
     expected = case["losses"]
     for ours, theirs in _LOSSES.items():

@@ -15,7 +15,7 @@ _EXPORTS = {
     "get_model": "sipmask.builders",
     "list_models": "sipmask.builders",
 }
-__all__ = list(_EXPORTS)  # noqa: PLE0605
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

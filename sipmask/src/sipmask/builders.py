@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onestage.builders import build_model
-from onestage.errors import UsageError
+from onestage.builders import named_model
 from sipmask.config import R50, R101, VARIANTS
 from sipmask.method import METHOD
 from sipmask.model import SipMask
@@ -56,6 +55,4 @@ def get_model(name: str, **arguments: Any) -> SipMask:
     Raises:
         UsageError: unknown name.
     """
-    if name not in VARIANTS:
-        raise UsageError(f"no model '{name}'", f"one of {', '.join(VARIANTS)}")
-    return build_model(METHOD, VARIANTS[name], **arguments)
+    return named_model(METHOD, name, **arguments)

@@ -17,7 +17,7 @@ from onestage.engine.distributed import reduce_mean
 from onestage.nn import fcos
 from onestage.nn.losses import giou_loss_ltrb, iou_loss, sigmoid_focal
 from onestage.nn.nms import greedy_nms
-from onestage.ops.mask_loss import window_mask_loss
+from onestage.ops.mask_loss import masks_on_grid, window_mask_loss
 from sipmask.config import SipMaskConfig
 
 if TYPE_CHECKING:
@@ -37,13 +37,14 @@ def compute_losses(raw: RawOutput, targets: SipMaskTargets, config: SipMaskConfi
         `loss_cls`, `loss_box`, `loss_centerness`, `loss_mask`: scalars, each connected to its outputs even where the
         batch has no positive.
     """
-    positive = targets.labels >= 0
+    assigned = targets.assigned
+    positive = assigned.labels >= 0
     num_positives = positive.sum().float()
-    distances, ltrb = raw.distances[positive], targets.ltrb[positive]
-    strides = targets.strides.expand_as(positive)[positive]
+    distances, ltrb = raw.distances[positive], assigned.ltrb[positive]
+    strides = assigned.strides.expand_as(positive)[positive]
     centerness = fcos.centerness_target(ltrb)
     return {
-        "loss_cls": classification_loss(raw.logits, targets.labels, num_positives, config),
+        "loss_cls": classification_loss(raw.logits, assigned.labels, num_positives, config),
         "loss_box": box_loss(distances, ltrb, strides, centerness, config) + 0 * raw.distances.sum(),
         "loss_centerness": centerness_loss(raw.centerness[positive], centerness, num_positives, config)
         + 0 * raw.centerness.sum(),
@@ -125,34 +126,19 @@ def alignment_weights(
     return alpha, score
 
 
-def half_size_masks(masks: Tensor, stride: int) -> Tensor:
-    """Ground-truth masks at basis resolution: mean of stride x stride pixels, above one half.
-
-    Args:
-        masks: [G, H, W] uint8 of 0 and 1, H and W multiples of `stride`.
-        stride: Pixels per cell.
-
-    Returns:
-        [G, H / stride, W / stride] uint8.
-    """
-    if len(masks) == 0:
-        return masks[:, ::stride, ::stride]
-    # Bilinear with scale 1/2 is the mean of the 2 x 2 block.
-    return (F.interpolate(masks[:, None].float(), scale_factor=1 / stride, mode="bilinear")[:, 0] > 0.5).byte()
-
-
 def _image_mask_loss(raw: RawOutput, targets: SipMaskTargets, basis: Tensor, i: int, config: SipMaskConfig) -> Tensor:
-    positive = (targets.labels[i] >= 0).nonzero().flatten()
+    labels, index = targets.assigned.labels[i], targets.assigned.index[i]
+    positive = (labels >= 0).nonzero().flatten()
     stride = config.basis_stride
     boxes = fcos.decode_ltrb(raw.points[positive], raw.distances[i, positive].detach()) / stride
     kept = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) > 1.0
     positive, boxes = positive[kept], boxes[kept]
     if len(positive) == 0:
         return basis.new_zeros(())
-    instance = targets.index[i, positive]
+    instance = index[positive]
     alpha, score = alignment_weights(
         raw.logits[i, positive],
-        targets.labels[i, positive],
+        labels[positive],
         boxes,
         targets.boxes[i][instance] / stride,
         config.weighting,
@@ -166,7 +152,7 @@ def _image_mask_loss(raw: RawOutput, targets: SipMaskTargets, basis: Tensor, i: 
         basis,
         raw.coefficients[i, positive],
         boxes,
-        half_size_masks(targets.masks[i], stride),
+        masks_on_grid(targets.masks[i], stride),
         instance,
         grid=config.grid,
     )

@@ -19,12 +19,12 @@ from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import Scale, conv_at, conv_tower, group_norm, init_normal, prior_bias
 from onestage.ops.deform import deform_conv2d
-from onestage.structures import Detections, Target
+from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import prepare_batch
 from sipmask.config import SipMaskConfig
 from sipmask.decode import decode
 from sipmask.losses import compute_losses
-from sipmask.targets import assign_targets, usable
+from sipmask.targets import assign_targets
 
 DEFORM_GROUPS = 4
 MASKS_OF = {"prob": "soft", "lowres": "lowres", "none": "none"}  # public mask_output to decode's forms
@@ -74,11 +74,7 @@ class SipMask(nn.Module):
         if not self.training:
             found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
-        num_classes = self.config.num_classes
-        truth = [
-            usable(t if isinstance(t, Target) else Target.from_dict(t, tuple(image.shape[-2:]), num_classes))
-            for t, image in zip(targets, images, strict=True)
-        ]
+        truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True, legacy_boxes=True)
         raw = self.raw_outputs(batch.pixels)
         return compute_losses(raw, assign_targets(batch.targets, raw, self.config), self.config)

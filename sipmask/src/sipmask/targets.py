@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from onestage.nn import fcos
@@ -18,32 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SipMaskTargets:
-    """Training targets of B images over P locations. Boxes are legacy (inclusive) input pixels.
+    """Training targets of B images. Boxes are legacy (inclusive) input pixels.
 
     Args:
-        labels: [B, P] int64, class 0..K-1, or -1 for background.
-        index: [B, P] int64, position of the answered instance in its image's `boxes`, or -1.
-        ltrb: [B, P, 4] float32, distances from location to the instance's sides, pixels; 0 where background.
-        strides: [P] float32, pixels per cell of each location's level.
+        assigned: What each location answers for.
         boxes: B tensors [G, 4].
         masks: B tensors [G, H, W] uint8 on the padded input canvas.
-        gt_labels: B tensors [G] int64.
     """
 
-    labels: Tensor
-    index: Tensor
-    ltrb: Tensor
-    strides: Tensor
+    assigned: fcos.Assignment
     boxes: list[Tensor]
     masks: list[Tensor]
-    gt_labels: list[Tensor]
-
-
-def usable(target: Target) -> Target:
-    """Drops crowds and boxes under one pixel, as the recipes do. Boxes exclusive, image pixels."""
-    width = target.boxes[:, 2] - target.boxes[:, 0]
-    height = target.boxes[:, 3] - target.boxes[:, 1]
-    return target[(width >= 1) & (height >= 1) & ~target.iscrowd]
 
 
 def assign_targets(targets: list[Target], raw: RawOutput, config: SipMaskConfig) -> SipMaskTargets:
@@ -54,26 +38,8 @@ def assign_targets(targets: list[Target], raw: RawOutput, config: SipMaskConfig)
         raw: Its locations and level sizes are read.
         config: `center_radius`.
     """
-    strides = fcos.per_location(raw.sizes, fcos.STRIDES, raw.points.device)
-    ranges = fcos.per_location(raw.sizes, fcos.LEVEL_RANGES, raw.points.device)
-    labels, index, ltrb = [], [], []
-    for target in targets:
-        matched, distances = fcos.assign(
-            raw.points, strides, ranges, target.boxes, radius=config.center_radius, legacy=True
-        )
-        if len(target):
-            found = torch.where(matched >= 0, target.labels[matched.clamp(min=0)], -1)
-        else:
-            found = matched  # all background
-        labels.append(found)
-        index.append(matched)
-        ltrb.append(distances)
     return SipMaskTargets(
-        torch.stack(labels),
-        torch.stack(index),
-        torch.stack(ltrb),
-        strides,
+        fcos.assign_batch(raw.points, raw.sizes, targets, radius=config.center_radius, legacy=True),
         [target.boxes for target in targets],
         [target.masks for target in targets],
-        [target.labels for target in targets],
     )
