@@ -23,6 +23,9 @@ class UserError(Exception):
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.what, self.fix)  # loader workers send errors to the main process
+
 
 class UsageError(UserError):
     """A flag or argument that cannot be used as given."""

@@ -1,8 +1,12 @@
 import importlib.util
+import multiprocessing
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,43 @@ def tiny():
     sys.modules["tiny"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def fork(monkeypatch):
+    """Calls a function in new processes, with torchrun's environment if there are several; returns exit codes.
+
+    Forked, because importing torch anew takes seconds.
+    """
+
+    def call(function, *args, processes=1, **kwargs):
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            for name, value in {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+                monkeypatch.setenv(name, str(value))
+        context = multiprocessing.get_context("fork")
+        started = []
+        for rank in range(processes):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            started.append(context.Process(target=_in_child, args=(function, args, kwargs)))
+            started[-1].start()
+        for process in started:
+            process.join(60)
+            process.kill()
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        return [process.exitcode for process in started]
+
+    return call
+
+
+def _in_child(function, args, kwargs):
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    try:
+        function(*args, **kwargs)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)

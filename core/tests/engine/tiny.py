@@ -1,8 +1,4 @@
-"""A model that trains in milliseconds, its data, and a run of it that other processes can start.
-
-`python tiny.py FOLDER '{"seed": 1}' '{"ema": 0.9}'` trains with those options and schedule fields; the key `kill_at`
-among the options makes the process kill itself, unannounced, after that step.
-"""
+"""A model that trains in milliseconds, its data, and a run of it that other processes can start."""
 
 import json
 import os
@@ -12,10 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import nn
 
 from onestage.config import InputConfig, ScheduleConfig
+from onestage.data.coco import coco_object
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo
 from onestage.engine.train import TrainOptions, train
@@ -82,11 +80,19 @@ class TinySet:
     def __init__(self, length=10, first=0):
         self.image_ids = [first + index for index in range(length)]
         self.aspect_ratios = [1.0] * length
-        self.image_sizes = [(SIZE, SIZE)] * length
+        self.image_sizes = np.full((length, 2), SIZE)
         self.skipped = []
+
+    name = "squares"
 
     def __len__(self):
         return len(self.image_ids)
+
+    def subset(self, indices):
+        part = TinySet(0)
+        part.image_ids = [self.image_ids[index] for index in indices]
+        part.aspect_ratios = [1.0] * len(part.image_ids)
+        return part
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(self.image_ids[index])
@@ -101,8 +107,6 @@ class TinySet:
         return image, Target(box, label, masks, torch.zeros(1, dtype=torch.bool), self.image_ids[index])
 
     def coco_gt(self):
-        from pycocotools.coco import COCO
-
         annotations = []
         for index, image_id in enumerate(self.image_ids):
             _, target = self[index]
@@ -119,17 +123,8 @@ class TinySet:
                     "segmentation": rle,
                 }
             )
-        gt = COCO()
-        gt.dataset = {
-            "images": [{"id": image_id, "height": SIZE, "width": SIZE} for image_id in self.image_ids],
-            "annotations": annotations,
-            "categories": [{"id": number, "name": name} for number, name in CATEGORIES],
-        }
-        stdout, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115 - pycocotools prints
-        gt.createIndex()
-        sys.stdout.close()
-        sys.stdout = stdout
-        return gt
+        images = [{"id": image_id, "height": SIZE, "width": SIZE} for image_id in self.image_ids]
+        return coco_object(images, annotations, CATEGORIES)
 
 
 def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=None, model=None, callback=None):
@@ -140,25 +135,22 @@ def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=Non
     model = model or TinyModel(config)
     options = TrainOptions(**{"device": "cpu", "progress": False, "log_every": 1, **(options or {})})
     info = WeightsInfo(package="tiny", config=asdict(config), categories=CATEGORIES, source="squares")
-    train_set = train_set or TinySet()
+    train_set = TinySet() if train_set is None else train_set
     result = train(model, config, train_set, val_set, options, Path(folder), info=info, callback=callback)
     return SimpleNamespace(model=model, result=result)
 
 
-def main(folder, options="{}", schedule="{}"):
-    options = json.loads(options)
-    kill_at = options.pop("kill_at", None)
-    if "resume" in options:
-        options["resume"] = Path(options["resume"])
+def run_as_process(folder, options=None, schedule=None, *, kill_at=None):
+    """A whole run of a process: joins its group if there is one; may kill itself, unannounced, after a step."""
 
     def kill(row):
         if row["step"] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     distributed.start("cpu")
-    run_tiny(folder, options, json.loads(schedule), val_set=TinySet(6, first=100), callback=kill)
+    run_tiny(folder, options, schedule, val_set=TinySet(6, first=100), callback=kill)
     distributed.stop()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+if __name__ == "__main__":  # what torchrun starts
+    run_as_process(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from onestage.config import ScheduleConfig
-from onestage.data.loader import ResumableSampler, make_loader
+from onestage.data.loader import InstanceDataset, ResumableSampler, make_loader
 from onestage.engine import distributed
 from onestage.engine.checkpoint import (
     WeightsInfo,
@@ -44,7 +44,7 @@ from onestage.engine.evaluate import evaluate
 from onestage.engine.guard import Suspect, autocast, seed_step
 from onestage.engine.journal import Journal
 from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
-from onestage.errors import DatasetError, MachineError, UsageError, some
+from onestage.errors import DatasetError, MachineError, UsageError, UserError, some
 from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
@@ -132,8 +132,8 @@ class Interrupted(Exception):
 def train(
     model: nn.Module,
     config: Any,
-    train_set: Any,
-    val_set: Any | None,
+    train_set: InstanceDataset,
+    val_set: InstanceDataset | None,
     options: TrainOptions,
     folder: Path,
     *,
@@ -193,8 +193,8 @@ class _Run:
         self,
         model: nn.Module,
         config: Any,
-        train_set: Any,
-        val_set: Any | None,
+        train_set: InstanceDataset,
+        val_set: InstanceDataset | None,
         options: TrainOptions,
         folder: Path,
         info: WeightsInfo,
@@ -208,14 +208,18 @@ class _Run:
         self.rank = distributed.rank()
         self.micro_batch = _micro_batch(self.schedule, options, train_set)
         self.workers = _default_workers(self.device) if options.workers is None else options.workers
-        self.sampler = ResumableSampler(
-            train_set.aspect_ratios,
-            self.micro_batch,
+        self.loader = make_loader(
+            train_set,
+            config.input,
+            batch_size=self.micro_batch,
+            training=True,
+            workers=self.workers,
             seed=options.seed,
             rank=self.rank,
             world=distributed.world_size(),
         )
-        self.loader = make_loader(train_set, config.input, sampler=self.sampler, workers=self.workers)
+        assert isinstance(self.loader.batch_sampler, ResumableSampler)
+        self.sampler = self.loader.batch_sampler
         self.steps_per_epoch = len(self.sampler) / options.accumulate
         self.total = total_steps(self.schedule, self.steps_per_epoch)
         self.eval_every = _interval(options.eval_every, self.schedule, self.steps_per_epoch)
@@ -459,11 +463,14 @@ def say(message: str, level: int = logging.INFO) -> None:
 _Position = tuple[int, int, Sequence[Tensor], Sequence[Target]]
 
 
-def _endless(loader: Any, sampler: ResumableSampler, epoch: int, batch: int) -> Iterator[_Position]:
+def _endless(loader: Iterable[Any], sampler: ResumableSampler, epoch: int, batch: int) -> Iterator[_Position]:
     """Epoch after epoch from a position on: (epoch, batches of it taken so far, images, targets)."""
     while True:
         sampler.load_state_dict({"epoch": epoch, "batch": batch})
-        for images, targets in loader:
+        for loaded in loader:
+            if isinstance(loaded, UserError):
+                raise loaded
+            images, targets = loaded
             batch += 1
             yield epoch, batch, images, targets
         epoch, batch = epoch + 1, 0
@@ -499,7 +506,7 @@ class _Window:
 
     def means(self) -> dict[str, float]:
         means = {name: value / self.batches for name, value in self.sums.items()}
-        row = {"loss": sum(means.values()) if means else math.nan, **means}
+        row = {"loss": sum(means.values()), **means} if means else {}
         if self.norms:
             row["grad_norm"] = float(torch.stack(self.norms).mean())
         row["images_per_second"] = round(self.images / (time.perf_counter() - self.started), 2)
@@ -565,7 +572,7 @@ def _device(options: TrainOptions) -> torch.device:
     return device
 
 
-def _micro_batch(schedule: ScheduleConfig, options: TrainOptions, train_set: Any) -> int:
+def _micro_batch(schedule: ScheduleConfig, options: TrainOptions, train_set: InstanceDataset) -> int:
     """Images per process and forward pass."""
     if len(train_set) == 0:
         raise DatasetError("no image is left to train on", "check the annotations; --no-drop-empty keeps empty images")

@@ -1,0 +1,308 @@
+"""`Predictor`: from a weights file and an image, in whatever form, to a `Result`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from onestage.config import config_from_dict
+from onestage.data.coco import read_image
+from onestage.data.validate import MAX_PIXELS
+from onestage.engine.checkpoint import load_into, load_weights
+from onestage.engine.distributed import pick_device
+from onestage.engine.guard import autocast
+from onestage.errors import MachineError, UsageError, WeightsError
+from onestage.masks import Masks
+from onestage.method import Method
+from onestage.structures import Detections
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+# Colours of drawn instances, apart from each other and from most photographs.
+PALETTE = (
+    (230, 60, 60), (60, 130, 240), (50, 180, 90), (245, 160, 30), (160, 80, 220), (30, 190, 200),
+    (235, 90, 170), (150, 170, 40), (120, 100, 70), (90, 90, 200),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found in one image, N instances, scores descending; `result[keep]` selects.
+
+    Args:
+        detections: Boxes xyxy, scores, labels and masks, on the CPU, in image pixels.
+        categories: (id, name) of each label 0..K-1, as in the data set the weights learned from.
+    """
+
+    detections: Detections
+    categories: tuple[tuple[int, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.detections)
+
+    def __getitem__(self, keep: Tensor | slice | int) -> Result:
+        """The instances that a bool or int64 tensor, a slice or an index selects."""
+        if isinstance(keep, int):
+            keep = torch.tensor([range(len(self))[keep]])
+        return Result(self.detections[keep], self.categories)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.detections.image_size
+
+    @property
+    def boxes(self) -> Tensor:
+        """[N, 4] float32 xyxy, image pixels."""
+        return self.detections.boxes
+
+    @property
+    def scores(self) -> Tensor:
+        """[N] float32 in [0, 1]."""
+        return self.detections.scores
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64, 0..K-1."""
+        return self.detections.labels
+
+    @property
+    def names(self) -> list[str]:
+        """Category of each instance."""
+        return [self.categories[label][1] for label in self.labels.tolist()]
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The data set's id of each instance's category."""
+        return [self.categories[label][0] for label in self.labels.tolist()]
+
+    @property
+    def masks(self) -> Masks:
+        """N masks; `to_bool`, `to_rle`, `to_polygons`, `to_bits` give other forms."""
+        assert self.detections.masks is not None
+        return self.detections.masks
+
+    @property
+    def rle(self) -> list[dict[str, Any]]:
+        """COCO run lengths of the masks."""
+        return self.masks.to_rle()
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """Entries of a COCO results file."""
+        entries = []
+        rows = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist(), self.rle, strict=True)
+        for category_id, (x1, y1, x2, y2), score, rle in rows:
+            bbox = [x1, y1, x2 - x1, y2 - y1]
+            entries.append(
+                {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score, "segmentation": rle}
+            )
+        return entries
+
+    def to_supervision(self) -> Any:
+        """`supervision.Detections`, where that library is installed."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise MachineError("supervision is not installed", "pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes.numpy(),
+            mask=self.masks.to_bool().numpy(),
+            confidence=self.scores.numpy(),
+            class_id=self.labels.numpy(),
+            data={"class_name": np.array(self.names)},
+        )
+
+    def draw(self, image: ImageLike, *, opacity: float = 0.5, boxes: bool = True) -> Tensor:
+        """The image with masks, boxes, names and scores on it.
+
+        Args:
+            image: The image the result is of.
+            opacity: Of the masks, 0..1.
+            boxes: Draw boxes and their texts too.
+
+        Returns:
+            [3, H, W] uint8 RGB.
+        """
+        canvas = _to_uint8(to_tensor(image)).clone()
+        if tuple(canvas.shape[-2:]) != self.image_size:
+            raise UsageError(
+                f"the image is {tuple(canvas.shape[-2:])}, the result's is {self.image_size} (height, width)",
+                "draw on the image that was predicted",
+            )
+        colours = [PALETTE[index % len(PALETTE)] for index in range(len(self))]
+        for index in reversed(range(len(self))):  # the best on top
+            x0, y0, x1, y1 = self.masks.windows[index].tolist()
+            if x1 > x0 and y1 > y0:
+                window = self.masks[index].pixels.reshape(x1 - x0, y1 - y0).T
+                part = canvas[:, y0:y1, x0:x1]
+                part[:] = draw_segmentation_masks(part, window, alpha=opacity, colors=[colours[index]])
+        if boxes and len(self):
+            texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
+            width = max(1, round(max(self.image_size) / 400))
+            canvas = draw_bounding_boxes(canvas, self.boxes, texts, colours, width=width)
+        return canvas
+
+
+class Predictor:
+    """A model ready for images; calls do not change it, so threads may share it.
+
+    Args:
+        model: With `detect(images)`; is put into eval mode and moved.
+        categories: (id, name) of each label.
+        device: auto, cpu, cuda, cuda:N.
+        precision: fp32 or bf16.
+        score_threshold: What scores less is left out; 0 leaves it to the model.
+        max_detections: Of one image; None leaves it to the model.
+        max_pixels: Largest image read from a file, height * width.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        categories: Sequence[tuple[int, str]],
+        *,
+        device: str = "auto",
+        precision: str = "fp32",
+        score_threshold: float = 0.0,
+        max_detections: int | None = None,
+        max_pixels: float = MAX_PIXELS,
+    ):
+        self.device = pick_device(device)
+        self.model = model.to(self.device).eval()
+        self.categories = tuple((int(number), str(name)) for number, name in categories)
+        self.precision = precision
+        self.score_threshold = score_threshold
+        self.max_detections = max_detections
+        self.max_pixels = max_pixels
+
+    @classmethod
+    def from_weights(
+        cls,
+        path: str | Path,
+        *,
+        method: Method | None = None,
+        device: str = "auto",
+        precision: str = "fp32",
+        score_threshold: float = 0.3,
+        max_detections: int | None = None,
+        max_pixels: float = MAX_PIXELS,
+    ) -> Predictor:
+        """Builds the model that a weights file describes.
+
+        Args:
+            path: Weights of ours, or a last.ckpt.
+            method: The paper's package; None: found among the installed ones.
+            device: auto, cpu, cuda, cuda:N.
+            precision: fp32 or bf16.
+            score_threshold: What scores less is left out; also lowers the model's own threshold if that is higher.
+            max_detections: Of one image; None: as the weights' config says.
+            max_pixels: Largest image read from a file, height * width.
+        """
+        state, info = load_weights(path, package=method.name if method else None)
+        method = method or find_method(info.package)
+        config: Any = config_from_dict(method.config_type, info.config)
+        inference = replace(
+            config.inference, score_threshold=min(config.inference.score_threshold, max(score_threshold, 0.0))
+        )
+        if max_detections is not None:
+            inference = replace(inference, max_detections=max_detections)
+        model = method.build(replace(config, inference=inference))
+        load_into(model, state, info)
+        return cls(
+            model,
+            info.categories or [(label, str(label)) for label in range(config.num_classes)],
+            device=device,
+            precision=precision,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            max_pixels=max_pixels,
+        )
+
+    @overload
+    def __call__(self, source: ImageLike) -> Result: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, source: Sequence[ImageLike]) -> list[Result]: ...
+
+    def __call__(self, source: ImageLike | Sequence[ImageLike]) -> Result | list[Result]:
+        """Finds instances.
+
+        Args:
+            source: A path, a PIL image, an RGB array [H, W, 3] or a tensor [3, H, W] (uint8, or float in 0..1), or a
+                list of them. The orientation tag of files and PIL images is applied.
+
+        Returns:
+            One result, or a list of them for a list.
+        """
+        if isinstance(source, (list, tuple)):
+            return [self._predict(image) for image in source]
+        return self._predict(source)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _predict(self, source: ImageLike) -> Result:
+        image = to_tensor(source, max_pixels=self.max_pixels).to(self.device)
+        with autocast(self.device, self.precision):
+            try:
+                found: Detections = self.model.detect([image])[0]
+            except torch.OutOfMemoryError as error:
+                peak = torch.cuda.max_memory_allocated(self.device) / 1e9
+                raise MachineError(
+                    f"GPU memory ran out on an image of {tuple(image.shape[-2:])}: {peak:.1f} GB at the peak",
+                    "add --device cpu, --precision bf16 or a lower --max-dets",
+                ) from error
+        found = found.to("cpu")
+        keep = found.scores >= self.score_threshold
+        return Result(found[keep][: self.max_detections], self.categories)
+
+
+def find_method(package: str) -> Method:
+    """The installed paper package of that name.
+
+    Only packages that announce themselves are imported: a weights file may name anything.
+    """
+    loaded = sys.modules.get(f"{package}.method")
+    if loaded is not None and isinstance(getattr(loaded, "METHOD", None), Method):
+        method: Method = loaded.METHOD
+        return method
+    for entry in entry_points(group="onestage.methods"):
+        if entry.name == package:
+            found = entry.load()
+            assert isinstance(found, Method)
+            return found
+    raise WeightsError(
+        f"weights belong to the package '{package}', which is not installed", f"pip install ./{package} in the checkout"
+    )
+
+
+def to_tensor(source: ImageLike, *, max_pixels: float = MAX_PIXELS) -> Tensor:
+    """Any form of image as [3, H, W] RGB, uint8 or float in 0..1."""
+    if isinstance(source, (str, Path)):
+        return read_image(Path(source), max_pixels=max_pixels)
+    if isinstance(source, Image.Image):
+        source = np.asarray(ImageOps.exif_transpose(source).convert("RGB"))
+    if isinstance(source, np.ndarray):
+        array = source[:, :, None].repeat(3, 2) if source.ndim == 2 else source
+        if array.ndim != 3 or array.shape[2] not in (3, 4):
+            raise UsageError(f"image array is {source.shape}", "give [height, width, 3] RGB")
+        source = torch.from_numpy(np.ascontiguousarray(array[:, :, :3])).permute(2, 0, 1).contiguous()
+    if not isinstance(source, Tensor):
+        raise UsageError(
+            f"an image cannot be a {type(source).__name__}", "give a path, a PIL image, an array or a tensor"
+        )
+    if source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
+        raise UsageError(f"image tensor is {tuple(source.shape)}", "give [3, height, width] RGB")
+    return source.detach()
+
+
+def _to_uint8(image: Tensor) -> Tensor:
+    return image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8)

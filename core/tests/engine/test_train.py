@@ -1,0 +1,259 @@
+import csv
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from onestage.engine import train as train_module
+from onestage.engine.checkpoint import load_checkpoint, load_weights
+from onestage.engine.train import Interrupted
+from onestage.errors import DatasetError, MachineError, UsageError
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def read_rows(folder, kind=None):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind is None or kind in row]
+
+
+def without_pace(rows):
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+
+
+def test_loss_falls_and_the_model_finds_squares(tiny, tmp_path):
+    schedule = {"length": 200, "optimizer": "adamw", "lr": 0.03}
+    train_set = tiny.TinySet(40)
+    run = tiny.run_tiny(tmp_path, {"log_every": 20}, schedule, train_set=train_set, val_set=train_set)
+    losses = [row["loss"] for row in read_rows(tmp_path, "loss")]
+    assert losses[-1] < 0.5 * losses[0]
+    assert run.result.best_metrics["bbox/AP50"] > 0.1
+    assert run.result.steps == 200
+
+
+def test_a_run_leaves_its_files(tiny, tmp_path):
+    run = tiny.run_tiny(tmp_path, {"eval_every": 4}, val_set=tiny.TinySet(6))
+    assert sorted(os.listdir(tmp_path)) == [
+        "best.safetensors", "last.ckpt", "metrics.csv", "metrics.jsonl", "results.json"
+    ]  # fmt: skip
+    assert [row["step"] for row in read_rows(tmp_path, "loss")] == list(range(1, 13))
+    assert [row["step"] for row in read_rows(tmp_path, "segm/AP")] == [4, 8, 12]
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in table if row["loss"]] == [r["loss"] for r in read_rows(tmp_path, "loss")]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["category_id"] for entry in results} <= {3, 5}
+    state, info = load_weights(tmp_path / "best.safetensors", package="tiny")
+    assert info.steps == run.result.best_step
+    assert info.metrics == run.result.best_metrics
+    assert info.categories == ((3, "left"), (5, "right"))
+    assert state.keys() == run.model.state_dict().keys()
+
+
+def test_loss_rows_carry_every_term_and_their_sum(tiny, tmp_path):
+    tiny.run_tiny(tmp_path)
+    row = read_rows(tmp_path, "loss")[0]
+    assert row["loss"] == pytest.approx(row["loss_cls"] + row["loss_box"])
+    assert row["lr"] == 0.05
+    assert row["grad_norm"] > 0
+
+
+def test_same_seed_same_weights_other_seed_others(tiny, tmp_path):
+    first = tiny.run_tiny(tmp_path / "a").model.state_dict()
+    second = tiny.run_tiny(tmp_path / "b", val_set=tiny.TinySet(5)).model.state_dict()  # evaluation draws nothing
+    other = tiny.run_tiny(tmp_path / "c", {"seed": 1}).model.state_dict()
+    assert_same_weights(first, second)
+    assert not torch.equal(first["box.weight"], other["box.weight"])
+
+
+def test_loader_workers_change_nothing(tiny, tmp_path):
+    first = tiny.run_tiny(tmp_path / "a").model.state_dict()
+    second = tiny.run_tiny(tmp_path / "b", {"workers": 2}).model.state_dict()
+    assert_same_weights(first, second)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [3, 4, 11])  # an epoch is three batches: within one, near its end, two per step
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, optimizer, stop, accumulate):
+    schedule = {"optimizer": optimizer, "ema": 0.9}
+    options = {"accumulate": accumulate, "eval_every": 5}
+    val_set = tiny.TinySet(5, first=50)
+    whole = tiny.run_tiny(tmp_path / "whole", options, schedule, val_set=val_set)
+    tiny.run_tiny(tmp_path / "parts", {**options, "stop_after": stop}, schedule, val_set=val_set)
+    resume = tmp_path / "parts" / "last.ckpt"
+    parts = tiny.run_tiny(tmp_path / "parts", {**options, "resume": resume}, schedule, val_set=val_set)
+    assert_same_weights(whole.model.state_dict(), parts.model.state_dict())
+    assert_same_weights(*(load_weights(tmp_path / run / "best.safetensors")[0] for run in ("whole", "parts")))
+    assert_same_weights(*(load_checkpoint(tmp_path / run / "last.ckpt")["ema"] for run in ("whole", "parts")))
+    assert without_pace(read_rows(tmp_path / "whole")) == without_pace(read_rows(tmp_path / "parts"))
+
+
+def test_plateau_schedule_resumes_exactly(tiny, tmp_path):
+    schedule = {"policy": "plateau", "length": 30, "lr": 0.5}
+    whole = tiny.run_tiny(tmp_path / "whole", {}, schedule)
+    tiny.run_tiny(tmp_path / "parts", {"stop_after": 20}, schedule)
+    parts = tiny.run_tiny(tmp_path / "parts", {"resume": tmp_path / "parts" / "last.ckpt"}, schedule)
+    assert_same_weights(whole.model.state_dict(), parts.model.state_dict())
+    assert read_rows(tmp_path / "whole", "lr")[-1]["lr"] < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_run_resumes_to_the_same_weights(tiny, fork, tmp_path):
+    whole = tiny.run_tiny(tmp_path / "whole", {"save_every": 3}, {"ema": 0.9}, val_set=tiny.TinySet(6, first=100))
+    killed = fork(tiny.run_as_process, tmp_path / "killed", {"save_every": 3}, {"ema": 0.9}, kill_at=8)
+    assert killed == [-signal.SIGKILL]
+    assert read_rows(tmp_path / "killed", "loss")[-1]["step"] == 8
+    resume = tmp_path / "killed" / "last.ckpt"
+    assert load_checkpoint(resume)["state"]["step"] == 6
+    val_set = tiny.TinySet(6, first=100)
+    resumed = tiny.run_tiny(tmp_path / "killed", {"save_every": 3, "resume": resume}, {"ema": 0.9}, val_set=val_set)
+    assert_same_weights(whole.model.state_dict(), resumed.model.state_dict())
+    assert without_pace(read_rows(tmp_path / "whole")) == without_pace(read_rows(tmp_path / "killed"))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_agree_and_resume_exactly(tiny, fork, tmp_path, accumulate):
+    options, schedule = {"eval_every": 6, "accumulate": accumulate}, {"length": 8}
+    assert fork(tiny.run_as_process, tmp_path / "whole", options, schedule, processes=2) == [0, 0]
+    assert fork(tiny.run_as_process, tmp_path / "parts", {**options, "stop_after": 5}, schedule, processes=2) == [0, 0]
+    resume = tmp_path / "parts" / "last.ckpt"
+    assert fork(tiny.run_as_process, tmp_path / "parts", {**options, "resume": resume}, schedule, processes=2) == [0, 0]
+    assert_same_weights(*(load_checkpoint(tmp_path / run / "last.ckpt")["model"] for run in ("whole", "parts")))
+    assert without_pace(read_rows(tmp_path / "whole")) == without_pace(read_rows(tmp_path / "parts"))
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert {entry["image_id"] for entry in results} == set(range(100, 106))  # both processes' images
+    with pytest.raises(UsageError, match="made with processes 2, this run has 1"):
+        tiny.run_tiny(tmp_path / "parts", {**options, "resume": resume}, schedule)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(Path(__file__).with_name("tiny.py")), str(tmp_path), "{}", '{"length": 2}']
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    assert load_checkpoint(tmp_path / "last.ckpt")["fingerprint"]["processes"] == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tiny, tmp_path, number, code):
+    whole = tiny.run_tiny(tmp_path / "whole")
+
+    def interrupt(row):
+        if row["step"] == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as caught:
+        tiny.run_tiny(tmp_path / "parts", callback=interrupt)
+    assert (caught.value.exit_code, caught.value.step) == (code, 5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    parts = tiny.run_tiny(tmp_path / "parts", {"resume": caught.value.checkpoint})
+    assert_same_weights(whole.model.state_dict(), parts.model.state_dict())
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny, tmp_path):
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Linear(1, 1)
+
+        def forward(self, images, targets):
+            brightness = torch.stack([image.float().mean() / 255 for image in images])
+            return {"loss": (self.backbone(brightness[:, None])[:, 0] - 1).square().mean()}
+
+    def weights_after(folder, accumulate):
+        torch.manual_seed(0)
+        run = tiny.run_tiny(
+            tmp_path / folder, {"accumulate": accumulate}, {"length": 5}, model=Linear(), train_set=four
+        )
+        return run.model.backbone.weight.item()
+
+    four = tiny.TinySet(4)
+    assert weights_after("one", 1) == pytest.approx(weights_after("two", 2), rel=1e-5)
+
+
+def test_averaged_weights_are_what_is_kept_as_best(tiny, tmp_path):
+    run = tiny.run_tiny(tmp_path, {}, {"ema": 0.5})
+    best = load_weights(tmp_path / "best.safetensors")[0]
+    saved = load_checkpoint(tmp_path / "last.ckpt")
+    assert_same_weights(best, saved["ema"])
+    assert not torch.equal(best["box.weight"], run.model.state_dict()["box.weight"])
+    assert_same_weights(saved["model"], run.model.state_dict())
+
+
+def test_first_averages_follow_the_weights_quickly():
+    average, value = [torch.zeros(1)], [torch.ones(1)]
+    train_module._ema(0.999)(average, value, torch.tensor(0))
+    assert average[0].item() == pytest.approx(0.9)  # decay (1 + 0) / (10 + 0)
+
+
+def test_without_validation_the_last_weights_are_the_best(tiny, tmp_path):
+    run = tiny.run_tiny(tmp_path)
+    assert_same_weights(load_weights(run.result.weights)[0], run.model.state_dict())
+    assert run.result.metrics == {}
+
+
+def test_the_run_announces_what_it_will_do(tiny, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "onestage"):
+        tiny.run_tiny(tmp_path, {"accumulate": 2})
+    text = caplog.text
+    assert "10 images, 2 categories (left, right)" in text
+    assert "batch 4 = 2 per process x 1 processes x 2 accumulated; sgd, learning rate 0.05 (cosine)" in text
+    assert "12 steps" in text
+    assert "disk" in text
+    assert "peak memory" in text
+
+
+def test_batch_that_cannot_be_divided_names_one_that_can(tiny, tmp_path):
+    with pytest.raises(UsageError, match="batch size 4 cannot be divided") as caught:
+        tiny.run_tiny(tmp_path, {"accumulate": 3})
+    assert caught.value.fix == "use --batch-size 3"
+
+
+def test_resuming_with_another_seed_or_data_set_is_refused(tiny, tmp_path):
+    tiny.run_tiny(tmp_path, {"stop_after": 2})
+    resume = tmp_path / "last.ckpt"
+    with pytest.raises(UsageError, match="made with seed 0, this run has 1"):
+        tiny.run_tiny(tmp_path, {"resume": resume, "seed": 1})
+    with pytest.raises(UsageError, match="made with training images 10, this run has 9"):
+        tiny.run_tiny(tmp_path, {"resume": resume}, train_set=tiny.TinySet(9))
+    with pytest.raises(UsageError, match="groups parameters otherwise"):
+        tiny.run_tiny(tmp_path, {"resume": resume}, {"bias_lr_factor": 2.0})
+
+
+def test_an_empty_data_set_and_a_full_disk_end_before_the_first_step(tiny, tmp_path, monkeypatch):
+    with pytest.raises(DatasetError, match="no image is left"):
+        tiny.run_tiny(tmp_path, train_set=tiny.TinySet(0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(MachineError, match="no space for checkpoints"):
+        tiny.run_tiny(tmp_path)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_unknown_metric_lists_the_known(tiny, tmp_path):
+    with pytest.raises(UsageError, match="metric 'mAP' is unknown"):
+        tiny.run_tiny(tmp_path, {"metric": "mAP"}, {"length": 1}, val_set=tiny.TinySet(2))
+
+
+def test_bf16_trains(tiny, tmp_path):
+    run = tiny.run_tiny(tmp_path, {"precision": "bf16"})
+    assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
+    assert run.model.box.weight.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_the_gpu_trains_too(tiny, tmp_path):
+    run = tiny.run_tiny(tmp_path, {"device": "cuda", "deterministic": True}, {"length": 3, "ema": 0.9})
+    assert run.model.box.weight.is_cuda
