@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchvision import ops
 
-from onestage.ops.deform import deform_conv2d, deform_conv2d_gather
+from onestage.ops.deform import CHUNK, deform_conv2d, deform_conv2d_gather
 
 
 def test_zero_offsets_make_a_plain_convolution():
@@ -56,29 +56,46 @@ def test_nan_offset_gives_nan_and_nothing_worse():
 )
 def test_gather_equals_torchvision(num_images, num_groups, stride, padding, dilation, modulated, seed):
     x, offset, weight, bias, mask = _case(num_images, num_groups, stride, padding, dilation, modulated, seed)
-    out = deform_conv2d_gather(x, offset, weight, bias, mask, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    out = deform_conv2d_gather(x, offset, weight, bias, (stride,) * 2, (padding,) * 2, (dilation,) * 2, mask)
     expected = ops.deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6 * max(1.0, expected.abs().max().item()))
 
 
-def test_gather_spans_several_chunks():
-    x, weight = torch.randn(1, 4, 40, 56), torch.randn(3, 4, 3, 3)  # 2240 pixels
-    offset = torch.randn(1, 18, 40, 56)
-    with torch.no_grad():
-        out = deform_conv2d(x, offset, weight, padding=1)
-    expected = ops.deform_conv2d(x, offset, weight, padding=1)
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 2**20))
+def test_gradients_reach_all_inputs_and_equal_torchvisions(num_groups, stride, modulated, seed):
+    tensors = _case(2, num_groups, stride, 1, 1, modulated, seed)
+    _compare_gradients(tensors, stride=stride, padding=1)
 
 
-def test_gradients_reach_all_inputs_and_equal_torchvisions():
-    tensors = _case(1, 2, 1, 1, 1, True, 0)
-    ours, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
-    x, offset, weight, bias, mask = ours
-    deform_conv2d(x, offset, weight, bias, padding=1, mask=mask).square().sum().backward()
-    x, offset, weight, bias, mask = theirs
-    ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask).square().sum().backward()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+def test_gradients_at_whole_cells_equal_torchvisions():
+    x, offset, weight, bias, mask = _case(1, 1, 1, 1, 1, True, 0)
+    _compare_gradients((x, offset.zero_(), weight, bias, mask), stride=1, padding=1)  # as training starts
+
+
+def test_several_chunks_give_the_same_forward_and_backward():
+    generator = torch.Generator().manual_seed(0)
+    x, offset = torch.randn(2, 4, 28, 40, generator=generator), torch.randn(2, 18, 28, 40, generator=generator)
+    assert 2 * CHUNK < 2 * 28 * 40
+    _compare_gradients((x, offset, torch.randn(3, 4, 3, 3, generator=generator), None, None), stride=1, padding=1)
+
+
+def test_gradients_equal_finite_differences():
+    tensors = [None if t is None else t.double().requires_grad_() for t in _case(1, 2, 2, 1, 1, True, 1)]
+    x, offset, weight, bias, mask = tensors
+
+    def convolve(*tensors):
+        return deform_conv2d(*tensors[:4], stride=2, padding=1, mask=tensors[4])
+
+    assert torch.autograd.gradcheck(convolve, (x, offset, weight, bias, mask), fast_mode=True)
+
+
+def test_a_frozen_input_still_trains_the_rest():
+    x, offset, weight, bias, _ = _case(1, 1, 1, 1, 1, False, 2)
+    offset.requires_grad_()
+    deform_conv2d(x, offset, weight, bias, padding=1).sum().backward()
+    assert offset.grad.abs().max() > 0
+    assert x.grad is None
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -106,6 +123,17 @@ def test_gpu_equals_cpu(device):
         cpu = deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
         gpu = deform_conv2d(*(t.to(device) for t in (x, offset, weight, bias)), padding=1, mask=mask.to(device))
     torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=1e-3)
+
+
+def _compare_gradients(tensors, **options):
+    results = []
+    for convolve in (deform_conv2d, ops.deform_conv2d):
+        x, offset, weight, bias, mask = leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+        out = convolve(x, offset, weight, bias, mask=mask, **options)
+        out.square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
 
 def _case(num_images, num_groups, stride, padding, dilation, modulated, seed):

@@ -3,14 +3,17 @@
 B images, C input channels, O output channels, g offset groups, T kernel taps (row-major), h w output grid.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torchvision import ops
 
 Pair = tuple[int, int]
 
-# Output pixels per gather: the gathered columns of a chunk (256 channels, 9 taps: 9 MB) stay near the cache.
+# Output cells per gather: the gathered columns of a chunk (256 channels, 9 taps: 9 MB) stay near the cache.
 CHUNK = 1024
 
 
@@ -47,58 +50,91 @@ def deform_conv2d(
     x, offset, weight = x.to(dtype), offset.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     mask = None if mask is None else mask.to(dtype)
-    one_group = weight.shape[1] == x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        if x.device.type == "cpu" and one_group and not _needs_grad(x, offset, weight, bias, mask):
-            return deform_conv2d_gather(x, offset, weight, bias, mask, stride, padding, dilation).to(given)
+        if x.device.type == "cpu" and weight.shape[1] == x.shape[1]:
+            return deform_conv2d_gather(x, offset, weight, bias, stride, padding, dilation, mask).to(given)
         return ops.deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask).to(given)
 
 
-@torch.no_grad()
 def deform_conv2d_gather(
     x: Tensor,
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    mask: Tensor | None,
 ) -> Tensor:
-    """The same by gathering from a [cells, channels] table and one matrix product: fast on CPU, no gradient.
+    """The same by gathering from a [cells, channels] table and one matrix product: fast on CPU.
 
     Arguments as above, one weight group. A sample is a weighted bag of four table rows, which is what
     `embedding_bag` sums without writing the four rows out.
     """
-    num_images, channels = x.shape[:2]
-    kernel_height, kernel_width = weight.shape[2:]
-    num_taps = kernel_height * kernel_width
+    num_taps = weight.shape[2] * weight.shape[3]
     num_groups = offset.shape[1] // (2 * num_taps)
-    grid = offset.shape[2:]
-    index, share = _corners(x.shape[2:], offset, mask, (kernel_height, kernel_width), stride, padding, dilation)
-    kernel = weight.permute(2, 3, 1, 0).reshape(num_taps * channels, -1)
-    out = x.new_empty(num_images, grid[0] * grid[1], weight.shape[0])
-    for image in range(num_images):
-        # Row cell * g + group holds the channels of one offset group at one cell.
-        table = x[image].permute(1, 2, 0).reshape(-1, channels // num_groups).contiguous()
-        for rows in torch.arange(grid[0] * grid[1]).split(CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            columns = F.embedding_bag(
-                index[image, part].reshape(-1, 4),
-                table,
-                per_sample_weights=share[image, part].reshape(-1, 4),
-                mode="sum",
-            )  # [pixels * taps * groups, C / g]
-            torch.mm(columns.view(len(rows), -1), kernel, out=out[image, part])
+    index, share = _corners(x.shape[2:], offset, mask, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    # Row cell * g + group holds the channels of one offset group at one cell of the batch.
+    table = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1] // num_groups).contiguous()
+    kernel = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])  # [T * C, O]
+    out: Tensor = _GatherProduct.apply(table, share, kernel, index)  # [B * h * w, O]
     if bias is not None:
-        out += bias
-    return out.transpose(1, 2).reshape(num_images, -1, *grid)
+        out = out + bias
+    return out.reshape(len(x), -1, len(kernel.T)).transpose(1, 2).reshape(len(x), -1, *offset.shape[2:])
+
+
+class _GatherProduct(torch.autograd.Function):
+    """Gathers columns [M, T * C] and multiplies them with the kernel, chunk by chunk; keeps none for the backward.
+
+    table [rows, C / g], share [M, T * g, 4], kernel [T * C, O], index like share: [M, O].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, share: Tensor, kernel: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(table, share, kernel, index)
+        out = table.new_empty(len(share), kernel.shape[1])
+        for start in range(0, len(share), CHUNK):
+            part = slice(start, start + CHUNK)
+            columns = _gather(table, share[part], index[part])
+            torch.mm(columns.view(-1, len(kernel)), kernel, out=out[part])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, share, kernel, index = ctx.saved_tensors
+        grad_table, grad_share, grad_kernel = torch.zeros_like(table), torch.empty_like(share), torch.zeros_like(kernel)
+        for start in range(0, len(share), CHUNK):
+            part = slice(start, start + CHUNK)
+            grad_columns = (grad[part] @ kernel.T).view(-1, table.shape[1])
+            with torch.enable_grad():
+                part_share = share[part].detach().requires_grad_()
+                columns = _gather(table, part_share, index[part])
+            # torch knows the bag's gradient for the shares; the one for the table is faster by hand.
+            grad_share[part] = torch.autograd.grad(columns, part_share, grad_columns)[0]
+            grad_kernel += columns.detach().view(-1, len(kernel)).T @ grad[part]
+            if ctx.needs_input_grad[0]:
+                rows, weights = index[part].reshape(-1, 4), share[part].reshape(-1, 4)
+                for corner in range(4):
+                    grad_table.index_add_(0, rows[:, corner], grad_columns * weights[:, corner, None])
+        return grad_table, grad_share, grad_kernel, None
+
+
+def _gather(table: Tensor, share: Tensor, index: Tensor) -> Tensor:
+    """Samples [m * T * g, C / g]."""
+    return F.embedding_bag(index.reshape(-1, 4), table, per_sample_weights=share.reshape(-1, 4), mode="sum")
 
 
 def _corners(
-    size: torch.Size, offset: Tensor, mask: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+    size: torch.Size,
+    offset: Tensor,
+    mask: Tensor | None,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> tuple[Tensor, Tensor]:
-    """Table rows [B, h * w, T, g, 4] and bilinear shares of the four cells around each sample."""
+    """Table rows and bilinear shares of the four cells around each sample, both [B * h * w, T * g, 4]."""
     height, width = size
     num_images, _, out_height, out_width = offset.shape
     num_taps = kernel[0] * kernel[1]
@@ -113,24 +149,23 @@ def _corners(
     # Beyond one cell outside everything is zero, so clamping there changes nothing and keeps the integers small.
     y = (row[None, :, :, None] + offset[..., 0]).clamp(-1, height)
     x = (column[None, :, :, None] + offset[..., 1]).clamp(-1, width)
-    top, left = y.floor(), x.floor()
-    bottom_share, right_share = y - top, x - left
+    top, left = y.detach().floor(), x.detach().floor()
+    down, right = y - top, x - left
     ys = torch.stack((top, top, top + 1, top + 1), dim=-1)
     xs = torch.stack((left, left + 1, left, left + 1), dim=-1)
-    share = torch.stack((1 - bottom_share, 1 - bottom_share, bottom_share, bottom_share), dim=-1)
-    share *= torch.stack((1 - right_share, right_share, 1 - right_share, right_share), dim=-1)
-    share *= (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)
+    share = torch.stack((1 - down, 1 - down, down, down), dim=-1)
+    share = share * torch.stack((1 - right, right, 1 - right, right), dim=-1)
+    share = share * ((ys >= 0) & (ys < height) & (xs >= 0) & (xs < width))
     if mask is not None:
-        weights = mask.reshape(num_images, -1, num_taps, out_height * out_width).permute(0, 3, 2, 1)
-        share *= weights[..., None]
-    flat = ys.clamp_(0, height - 1).long() * width + xs.clamp_(0, width - 1).long()
-    group = torch.arange(num_groups, device=device)[:, None]
-    # A NaN offset becomes some integer above; its share stays NaN, its row must exist.
-    return (flat * num_groups + group).clamp_(0, height * width * num_groups - 1), share
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        factors = mask.reshape(num_images, -1, num_taps, out_height * out_width).permute(0, 3, 2, 1)
+        share = share * factors[..., None]
+    index = ys.clamp_(0, height - 1).long() * width + xs.clamp_(0, width - 1).long()
+    index += torch.arange(num_images, device=device).reshape(-1, 1, 1, 1, 1) * (height * width)
+    index = index * num_groups + torch.arange(num_groups, device=device)[:, None]
+    # A NaN offset became some integer above; its share stays NaN, its row must exist.
+    index.clamp_(0, num_images * height * width * num_groups - 1)
+    shape = (num_images * out_height * out_width, num_taps * num_groups, 4)
+    return index.reshape(shape), share.reshape(shape)
 
 
 def _pair(value: int | Pair) -> Pair:
