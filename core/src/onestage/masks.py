@@ -238,11 +238,9 @@ def _window_of_runs(runs: np.ndarray, height: int) -> tuple[list[int], np.ndarra
         y0, y1 = 0, height
     else:
         y0, y1 = int((first % height).min()), int(((end - 1) % height).max()) + 1
-    columns = np.zeros((x1 - x0) * height + 1, dtype=np.int8)
-    np.add.at(columns, first - x0 * height, 1)
-    np.add.at(columns, end - x0 * height, -1)
-    columns = columns.cumsum(dtype=np.int8)[:-1].astype(bool).reshape(x1 - x0, height)
-    return [x0, y0, x1, y1], columns[:, y0:y1].reshape(-1)
+    inside = np.arange(len(runs)) % 2 == 1
+    pixels = np.repeat(inside, runs)[x0 * height : x1 * height].reshape(x1 - x0, height)
+    return [x0, y0, x1, y1], pixels[:, y0:y1].reshape(-1)
 
 
 def _counts(columns: np.ndarray, x0: int, y0: int, size: tuple[int, int]) -> np.ndarray:

@@ -53,7 +53,7 @@ def dense_soft_masks(
         boxes: [N, 4] xyxy, cells of the upsampled basis grid.
         grid: (rows, columns) of sub-regions (SipMask Sec. 3.2.1).
         upsample: Factor by which the basis is upsampled first, bilinear.
-        rule: "half_open" (SipMask), "margin" (YOLACT: one cell more on each side).
+        rule: "half_open" (SipMask), "margin" (YOLACT: ends put in order, one cell more on each side).
 
     Returns:
         [N, h * upsample, w * upsample] in the inputs' type.
@@ -68,6 +68,8 @@ def dense_soft_masks(
     x = torch.arange(basis.shape[2], device=basis.device)[None, None, :]
     x1, y1, x2, y2 = boxes[:, :, None, None].unbind(1)
     if rule == "margin":
+        x1, x2 = torch.minimum(x1, x2), torch.maximum(x1, x2)
+        y1, y2 = torch.minimum(y1, y2), torch.maximum(y1, y2)
         inside = (x >= x1 - 1) & (x < x2 + 1) & (y >= y1 - 1) & (y < y2 + 1)
     else:
         inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,22 +105,23 @@ def assemble_masks(
     Returns:
         N masks of `output_size`.
     """
-    if wants_triton(basis, coefficients):
-        raise NotImplementedError("mask assembly has no Triton kernel yet")
-    return assemble_masks_torch(
-        basis,
-        coefficients,
-        windows,
-        boxes=boxes,
-        grid=grid,
-        upsample=upsample,
-        order=order,
-        threshold=threshold,
-        valid_size=valid_size,
-        resized_size=resized_size,
-        output_size=output_size,
-        align_corners=align_corners,
-    )
+    if wants_triton("assemble", basis, coefficients):
+        raise NotImplementedError
+    with torch.autocast(basis.device.type, enabled=False):
+        return assemble_masks_torch(
+            basis,
+            coefficients,
+            windows,
+            boxes=boxes,
+            grid=grid,
+            upsample=upsample,
+            order=order,
+            threshold=threshold,
+            valid_size=valid_size,
+            resized_size=resized_size,
+            output_size=output_size,
+            align_corners=align_corners,
+        )
 
 
 @torch.no_grad()
@@ -166,7 +167,7 @@ def assemble_masks_torch(
     image_windows = torch.stack((x_image.start, y_image.start, x_image.stop, y_image.stop), 1)
     areas = (x_image.stop - x_image.start) * (y_image.stop - y_image.start)
     pixels = torch.empty(int(areas.sum()), dtype=torch.bool, device=basis.device)
-    maps = _window_logits(basis, coefficients, y_cells, x_cells, grid, upsample)
+    maps = _window_logits(basis.float(), coefficients.float(), y_cells, x_cells, grid, upsample)
     for n, (values, mask) in enumerate(zip(maps, pixels.split(areas.tolist()), strict=True)):
         if len(mask) == 0:
             continue
@@ -200,13 +201,15 @@ def assemble_soft(
     for axis in (0, 1):
         up = _resize_taps(basis.shape[1 + axis], soft.shape[1 + axis], False, windows.device)
         cells.append(_plan_axis(up, windows[:, 1 - axis], windows[:, 3 - axis], region_splits(boxes, axis, grid[axis])))
-    maps = _window_logits(basis, coefficients, cells[0], cells[1], grid, upsample)
-    for values, out, (x0, y0, x1, y1) in zip(maps, soft, windows.tolist(), strict=True):
-        out[y0:y1, x0:x1] = values.sigmoid_()
+    maps = _window_logits(basis.float(), coefficients.float(), cells[0], cells[1], grid, upsample)
+    with torch.autocast(basis.device.type, enabled=False):
+        for values, out, (x0, y0, x1, y1) in zip(maps, soft, windows.tolist(), strict=True):
+            out[y0:y1, x0:x1] = values.sigmoid_()
     return soft
 
 
-class _Taps(NamedTuple):
+@dataclass(frozen=True)
+class _Taps:
     """Linear resize along one axis: target position t reads `index[t]` with `weight[t]`.
 
     Args:
@@ -325,8 +328,8 @@ def _window_logits(
 ) -> Iterator[Tensor]:
     """For each detection its logits in its assembly window, [y, x] float32."""
     rows, columns = grid
-    maps = basis.permute(1, 2, 0).contiguous().float()  # [h, w, D]: a window row is contiguous
-    weights = coefficients.float().view(len(coefficients), rows * columns, len(basis))
+    maps = basis.permute(1, 2, 0).contiguous()  # [h, w, D]: a window row is contiguous
+    weights = coefficients.view(len(coefficients), rows * columns, len(basis))
     ends = torch.stack((y_cells.start, y_cells.stop, x_cells.start, x_cells.stop), 1).tolist()
     for n, (y0, y1, x0, x1) in enumerate(ends):
         if y0 >= y1 or x0 >= x1:

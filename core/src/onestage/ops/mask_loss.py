@@ -159,10 +159,11 @@ def _passes(windows: Tensor, key: Tensor) -> list[tuple[Tensor, tuple[int, int, 
     plan = min(plan, together, key=lambda split: sum(_cost(part, ends) for part in split))
     passes = []
     for members in plan:
-        x0, y0, x1, y1 = window = _union(members, ends)
+        x0, y0, x1, y1 = _union(members, ends)
         step = max(1, MAX_PIXELS // ((x1 - x0) * (y1 - y0)))
         for start in range(0, len(members), step):
-            passes.append((torch.tensor(members[start : start + step], device=windows.device), window))
+            part = members[start : start + step]
+            passes.append((torch.tensor(part, device=windows.device), _union(part, ends)))
     return passes
 
 

@@ -25,9 +25,10 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
     Returns:
         N masks of the image's size.
     """
-    if wants_triton(probabilities, boxes):
-        raise NotImplementedError("pasting has no Triton kernel yet")
-    return paste_masks_torch(probabilities, boxes, size, threshold)
+    if wants_triton("paste", probabilities, boxes):
+        raise NotImplementedError
+    with torch.autocast(boxes.device.type, enabled=False):
+        return paste_masks_torch(probabilities, boxes, size, threshold)
 
 
 @torch.no_grad()
@@ -48,6 +49,21 @@ def paste_masks_torch(probabilities: Tensor, boxes: Tensor, size: tuple[int, int
         else:
             torch.ge(pasted, threshold, out=mask.view(pasted.shape))
     return Masks(size, torch.stack((x0, y0, x1, y1), 1), pixels)
+
+
+@torch.no_grad()
+def paste_soft(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The values that `paste_masks` compares, dense: [N, height, width] float32. Arguments as there."""
+    side = probabilities.shape[-1]
+    x0, x1, x_weights = _hat_weights(boxes[:, 0], boxes[:, 2], size[1], side)
+    y0, y1, y_weights = _hat_weights(boxes[:, 1], boxes[:, 3], size[0], side)
+    pasted = torch.zeros(len(boxes), *size, device=boxes.device)
+    windows = torch.stack((x0, y0, x1, y1), 1).tolist()
+    for canvas, values, along_x, along_y, (left, top, right, bottom) in zip(
+        pasted, probabilities.float(), x_weights, y_weights, windows, strict=True
+    ):
+        canvas[top:bottom, left:right] = along_y @ values @ along_x.T
+    return pasted
 
 
 def _hat_weights(low: Tensor, high: Tensor, extent: int, side: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

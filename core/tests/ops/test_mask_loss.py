@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+
+from onestage.ops import mask_loss
+from onestage.ops.mask_loss import window_mask_loss
+from onestage.testing import coco_like_boxes, dense_mask_loss
+
+BOXES = torch.tensor(
+    [[1.0, 2, 7.3, 8.1], [-2, 3.2, 5, 20], [1.2, 1.9, 7, 8], [5, 5, 5, 9], [4, 4, 3, 3], [8, 0, 11, 1]]
+)
+
+
+def problem(grid, kind=torch.float64):
+    """Six boxes, some without cells, answering for two masks on a 9 x 11 grid."""
+    generator = torch.Generator().manual_seed(grid[0])
+    basis = torch.randn(3, 9, 11, generator=generator, dtype=kind, requires_grad=True)
+    coefficients = torch.randn(6, 3 * grid[0] * grid[1], generator=generator, dtype=kind, requires_grad=True)
+    masks = (torch.rand(2, 9, 11, generator=generator) < 0.5).byte()
+    return basis, coefficients, BOXES.to(kind), masks, torch.tensor([0, 1, 0, 1, 1, 0])
+
+
+def test_zero_logits_cost_ln_2_a_cell_by_hand():
+    masks = torch.tensor([[[1, 0, 0], [0, 1, 0]]])
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.5, 0.0, 3.0, 1.0]])
+    losses = window_mask_loss(torch.zeros(1, 2, 3), torch.ones(2, 1), boxes, masks, torch.tensor([0, 0]))
+    torch.testing.assert_close(losses, torch.tensor([4 * math.log(2), 2 * math.log(2)]))
+
+
+def test_margin_keeps_one_cell_more_on_each_side_by_hand():
+    losses = window_mask_loss(
+        torch.zeros(1, 5, 5),
+        torch.ones(1, 1),
+        torch.tensor([[2.0, 2.0, 3.0, 3.0]]),
+        torch.zeros(1, 5, 5),
+        torch.tensor([0]),
+        rule="margin",
+    )
+    torch.testing.assert_close(losses, torch.tensor([9 * math.log(2)]))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("pass_pixels", [0, 100, 10**9])  # each window alone, some together, all together
+def test_gradients_are_right_in_double(grid, pass_pixels, monkeypatch):
+    monkeypatch.setattr(mask_loss, "PASS_PIXELS", pass_pixels)
+    basis, coefficients, boxes, masks, index = problem(grid)
+
+    def losses(basis, coefficients):
+        return window_mask_loss(basis, coefficients, boxes, masks, index, grid=grid)
+
+    assert torch.autograd.gradcheck(losses, (basis, coefficients), fast_mode=True)
+    torch.testing.assert_close(
+        losses(basis, coefficients), dense_mask_loss(basis, coefficients, boxes, masks, index, grid=grid)
+    )
+
+
+@pytest.mark.parametrize(("grid", "rule"), [((1, 1), "half_open"), ((1, 1), "margin"), ((2, 2), "half_open")])
+def test_losses_and_gradients_equal_dense_autograd(grid, rule, monkeypatch):
+    monkeypatch.setattr(mask_loss, "MAX_PIXELS", 5000)  # several chunks of a pass
+    generator = torch.Generator().manual_seed(1)
+    answered = coco_like_boxes(4, (60, 80), generator)
+    index = torch.randint(4, (30,), generator=generator)
+    boxes = answered[index] + 4 * torch.randn(30, 4, generator=generator)
+    masks = (torch.rand(4, 60, 80, generator=generator) < 0.5).byte()
+    basis = torch.randn(16, 60, 80, generator=generator).relu()
+    coefficients = 0.3 * torch.randn(30, 16 * grid[0] * grid[1], generator=generator)
+    weights = torch.rand(30, generator=generator)
+    results = []
+    for function in (window_mask_loss, dense_mask_loss):
+        inputs = basis.clone().requires_grad_(), coefficients.clone().requires_grad_()
+        losses = function(*inputs, boxes, masks, index, grid=grid, rule=rule)
+        (losses * weights).sum().backward()
+        results.append((losses.detach(), inputs[0].grad, inputs[1].grad))
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-5 * float(dense.abs().max()))
+
+
+def test_certain_and_wrong_pixels_stay_finite():
+    basis = torch.full((1, 4, 4), 200.0, requires_grad=True)
+    losses = window_mask_loss(
+        basis, torch.tensor([[1.0], [-1.0]]), BOXES[:2], torch.zeros(1, 4, 4), torch.tensor([0, 0])
+    )
+    losses.sum().backward()
+    assert losses.tolist() == [6 * 200.0, 0.0]
+    assert torch.isfinite(basis.grad).all()
+
+
+def test_no_instances_keep_the_graph():
+    basis = torch.rand(3, 4, 5, requires_grad=True)
+    coefficients = torch.rand(0, 12, requires_grad=True)
+    losses = window_mask_loss(
+        basis, coefficients, torch.zeros(0, 4), torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.int64), grid=(2, 2)
+    )
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert torch.equal(basis.grad, torch.zeros(3, 4, 5))
+    assert coefficients.grad.shape == (0, 12)
+
+
+def test_half_precision_is_computed_in_float32():
+    basis, coefficients, boxes, masks, index = problem((2, 2), torch.float32)
+    expected = window_mask_loss(basis, coefficients.bfloat16().float(), boxes, masks, index, grid=(2, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = window_mask_loss(basis, coefficients.bfloat16(), boxes, masks, index, grid=(2, 2))
+    torch.testing.assert_close(losses, expected)
+    losses.sum().backward()
+    assert coefficients.grad.abs().sum() > 0
+
+
+def test_golden_gradients_of_the_assembly(golden):
+    # Where the mask is 0, d loss / d p of -log(1 - p) is known, so the stored gradients of the soft masks follow.
+    case = golden("sipmask_smp")
+    boxes = case["boxes_mask_px"]
+    inputs = case["basis"].clone().requires_grad_(), case["cof"].clone().requires_grad_()
+    masks = case["gt_half"].permute(2, 0, 1)
+    index = torch.arange(len(boxes))
+    losses = window_mask_loss(*inputs, boxes, masks, index, grid=(2, 2))
+    losses.sum().backward()
+    soft, wanted = case["pruned"].permute(2, 0, 1), case["gt_cropped"].permute(2, 0, 1).float()
+    each = torch.nn.functional.binary_cross_entropy(soft, wanted, reduction="none")
+    torch.testing.assert_close(losses.detach(), each.sum((1, 2)), rtol=1e-4, atol=1e-4)
+    dense = case["basis"].clone().requires_grad_(), case["cof"].clone().requires_grad_()
+    dense_mask_loss(*dense, boxes, masks, index, grid=(2, 2)).sum().backward()
+    for ours, theirs in zip(inputs, dense, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
