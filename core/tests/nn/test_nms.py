@@ -22,6 +22,13 @@ def test_fast_removes_what_a_removed_box_overlaps():
     assert kept.index.tolist() == [0]
 
 
+def test_fast_looks_further_down_until_enough_survive():
+    boxes = torch.cat((ROW[:1].expand(100, 4), ROW[:1] + 50))  # a crowd of equals, then one apart
+    scores = torch.linspace(0.9, 0.2, 101)[:, None]
+    kept = fast_nms(boxes, scores, iou_threshold=0.5, score_threshold=0.1, max_detections=2)
+    assert kept.index.tolist() == [0, 100]
+
+
 def test_greedy_threshold_is_exclusive():
     half = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0]])  # IoU 0.5 exactly
     assert greedy_nms(half, SCORES[:2], None, 0.5).tolist() == [0, 1]

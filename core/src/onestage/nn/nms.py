@@ -109,20 +109,15 @@ def fast_nms(
     """
     index, labels = (scores > score_threshold).nonzero(as_tuple=True)
     pair_scores, order = scores[index, labels].sort(descending=True, stable=True)
-    order = order[labels[order].sort(stable=True).indices]  # by class, best first
     index, labels = index[order], labels[order]
-    keep = []
-    start = 0
-    for count in torch.bincount(labels, minlength=1).tolist():
-        best = boxes[index[start : start + min(count, top_k)]]
-        overlap = iou_matrix(best, best).triu_(diagonal=1)
-        keep.append(start + _survivors(overlap, iou_threshold))
-        start += count
-    kept = torch.cat(keep)
-    index, labels = index[kept], labels[kept]
-    pair_scores = scores[index, labels]
-    best = top_by_score(pair_scores, max_detections)
-    return Kept(index[best], labels[best], pair_scores[best])
+    # The fate of a candidate depends on better ones only: as soon as enough of the best survive, the rest is moot.
+    budget = 8 * max_detections
+    kept = _fast_survivors(boxes[index[:budget]], labels[:budget], iou_threshold, top_k)
+    while len(kept) < max_detections and budget < len(index):
+        budget *= 4
+        kept = _fast_survivors(boxes[index[:budget]], labels[:budget], iou_threshold, top_k)
+    kept = kept[:max_detections]
+    return Kept(index[kept], labels[kept], pair_scores[kept])
 
 
 def top_by_score(scores: Tensor, k: int, keep_ties: bool = False) -> Tensor:
@@ -139,6 +134,12 @@ def top_by_score(scores: Tensor, k: int, keep_ties: bool = False) -> Tensor:
     return order[:k]
 
 
-def _survivors(overlap: Tensor, iou_threshold: float) -> Tensor:
-    """Columns of a strictly upper triangular [n, n] without an entry above the threshold; n = 0 is legal."""
-    return (overlap > iou_threshold).logical_not().all(dim=0).nonzero().flatten()
+def _fast_survivors(boxes: Tensor, labels: Tensor, iou_threshold: float, top_k: int) -> Tensor:
+    """Positions of the candidates [n, 4], given best first, that no better one of their label overlaps: ascending."""
+    by_class = labels.sort(stable=True).indices
+    kept = [by_class[:0]]
+    for candidates in by_class.split(labels.unique(return_counts=True)[1].tolist()):
+        best = candidates[:top_k]
+        overlap = iou_matrix(boxes[best], boxes[best]).triu_(diagonal=1)
+        kept.append(best[~(overlap > iou_threshold).any(dim=0)])
+    return torch.cat(kept).sort().values
