@@ -1,7 +1,7 @@
 """SAIS's switches as one frozen value, and every row of the paper's tables by name.
 
-Where the paper is silent the first FCOS of mmdetection is followed, for masks YOLACT and the authors' later code (spec
-sections 2 to 6 and 8).
+Where the paper is silent the first FCOS of mmdetection is followed, for masks YOLACT and the first author's other code
+(docs/methods/sais.md).
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,14 +11,14 @@ from onestage.config import BackboneConfig, InputConfig, ScheduleConfig
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """From raw outputs to detections (spec section 5)."""
+    """From raw outputs to detections; FCOS' rules."""
 
     candidates_per_level: int = 1000  # best locations of each level by largest class score x centerness
     score_threshold: float = 0.05  # on the class score alone
     iou_threshold: float = 0.5  # of the greedy NMS of each class, after multiplying with centerness
     mask_threshold: float = 0.5
     max_detections: int = 100
-    emulate_padding_bug: bool = False  # stretches the padded canvas over the image: Table I, row 1 (spec section 7, 2)
+    emulate_padding_bug: bool = False  # stretches the padded canvas over the image, perhaps Table I's row 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""From raw outputs to detections (Sec. III-A, Eq. 1; spec sections 2.4 and 5)."""
+"""From raw outputs to detections (Sec. III-A, Eq. 1)."""
 
 from __future__ import annotations
 

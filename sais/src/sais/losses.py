@@ -1,4 +1,7 @@
-"""SAIS's training losses (spec section 4), one function a term. Widths are x2 - x1, never + 1."""
+"""SAIS's training losses, one function a term. The paper prints none: FCOS', and YOLACT's for the masks.
+
+Widths are x2 - x1, never + 1.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """SAIS (Xiang et al., 2019): FCOS whose locations also predict how to combine image-wide prototype masks.
 
 Figure 1: `SAIS` is the whole, `SAISHead` the shared head of a pyramid level (yellow), `ProtoNet` the green box. Eq. 1
-is `decode`, Eq. 2 to 4 are `targets`. The paper leaves most layers open; spec section 2 says whose choice each is.
+is `decode`, Eq. 2 to 4 are `targets`. The paper leaves most layers open; docs/methods/sais.md says
+whose choice each one is.
 """
 
 from __future__ import annotations
