@@ -14,7 +14,7 @@ from onestage.data.loader import InstanceDataset, make_loader
 from onestage.engine import distributed
 from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.guard import autocast
-from onestage.errors import DatasetError, UserError
+from onestage.errors import DatasetError
 
 
 def evaluate(
@@ -81,10 +81,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     with bar, torch.no_grad(), autocast(where, precision):
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            images, targets = batch
+        for images, targets in loader:
             found = model.detect([image.to(where, non_blocking=True) for image in images])
             for target, detections in zip(targets, found, strict=True):
                 evaluator.add(target.image_id, detections.to("cpu"))

@@ -294,7 +294,7 @@ def to_tensor(source: ImageLike, *, max_pixels: float = MAX_PIXELS) -> Tensor:
         array = source[:, :, None].repeat(3, 2) if source.ndim == 2 else source
         if array.ndim != 3 or array.shape[2] not in (3, 4):
             raise UsageError(f"image array is {source.shape}", "give [height, width, 3] RGB")
-        source = torch.from_numpy(np.ascontiguousarray(array[:, :, :3])).permute(2, 0, 1).contiguous()
+        source = torch.from_numpy(np.array(array[:, :, :3])).permute(2, 0, 1).contiguous()
     if not isinstance(source, Tensor):
         raise UsageError(
             f"an image cannot be a {type(source).__name__}", "give a path, a PIL image, an array or a tensor"

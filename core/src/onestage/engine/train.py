@@ -44,7 +44,7 @@ from onestage.engine.evaluate import evaluate
 from onestage.engine.guard import Suspect, autocast, seed_step
 from onestage.engine.journal import Journal
 from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
-from onestage.errors import DatasetError, MachineError, UsageError, UserError, some
+from onestage.errors import DatasetError, MachineError, UsageError, some
 from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
@@ -467,10 +467,7 @@ def _endless(loader: Iterable[Any], sampler: ResumableSampler, epoch: int, batch
     """Epoch after epoch from a position on: (epoch, batches of it taken so far, images, targets)."""
     while True:
         sampler.load_state_dict({"epoch": epoch, "batch": batch})
-        for loaded in loader:
-            if isinstance(loaded, UserError):
-                raise loaded
-            images, targets = loaded
+        for images, targets in loader:
             batch += 1
             yield epoch, batch, images, targets
         epoch, batch = epoch + 1, 0

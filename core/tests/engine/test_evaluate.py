@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from onestage.engine.coco_eval import CocoEvaluator
+from onestage.engine.evaluate import evaluate
+from onestage.errors import DatasetError
+from onestage.masks import Masks
+from onestage.structures import Detections
+
+
+class Oracle(torch.nn.Module):
+    """Finds exactly the bright square."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def detect(self, images, masks=True):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        return [self.square(image[0] > 130) for image in images]
+
+    def square(self, bright):
+        rows, columns = bright.any(1).nonzero(), bright.any(0).nonzero()
+        x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        box = torch.cat([x1, y1, x2, y2]).float()[None]
+        label = ((x1 + x2) / 2 > bright.shape[1] / 2).long()
+        return Detections(tuple(bright.shape), box, torch.tensor([0.9]), label, Masks.from_bool(bright[None]))
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (0, 3), (2, 2)])
+def test_perfect_detections_score_one(tiny, workers, batch_size):
+    model = Oracle().train()
+    metrics, results = evaluate(
+        model, tiny.TinySet(7), workers=workers, batch_size=batch_size, per_class=True, progress=False
+    )
+    assert metrics["bbox/AP"] == metrics["segm/AP"] == metrics["segm/AP/left"] == pytest.approx(1)
+    assert [entry["image_id"] for entry in results] == list(range(7))
+    assert model.training
+
+
+def test_the_numbers_are_those_of_the_results(tiny):
+    torch.manual_seed(0)
+    model, data = tiny.TinyModel(tiny.TinyConfig()), tiny.TinySet(30)
+    metrics, results = evaluate(model, data, progress=False)
+    again = CocoEvaluator(data.coco_gt(), data.categories)
+    again.merge(results)
+    assert again.summarize() == metrics
+
+
+def test_no_images_is_an_error_not_a_zero(tiny):
+    with pytest.raises(DatasetError, match="has no images"):
+        evaluate(Oracle(), tiny.TinySet(0), progress=False)
+
+
+def run_and_check(tiny):
+    from onestage.engine import distributed
+
+    distributed.start("cpu")
+    torch.manual_seed(0)
+    model, data = tiny.TinyModel(tiny.TinyConfig()), tiny.TinySet(7)
+    metrics, results = evaluate(model, data, progress=False)
+    distributed.stop()
+    alone = evaluate(model, data, progress=False)
+    assert metrics == alone[0]
+    assert results == alone[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_processes_share_the_images_and_both_know_the_result(tiny, fork, monkeypatch):
+    assert fork(run_and_check, tiny, processes=2) == [0, 0]
+
+
+def test_unreadable_images_are_two_line_errors_from_workers_too(tiny):
+    class Broken(tiny.TinySet):
+        def __getitem__(self, index):
+            raise DatasetError("image 'a.jpg' cannot be read", "replace the file")
+
+        def subset(self, indices):
+            return self
+
+    for workers in (0, 1):
+        with pytest.raises(DatasetError) as caught:
+            evaluate(Oracle(), Broken(2), workers=workers, progress=False)
+        assert str(caught.value) == "image 'a.jpg' cannot be read\n  fix: replace the file"
