@@ -2,8 +2,8 @@
 
 import sys
 
-from onestage.cli.app import main as run
 from meinst.method import METHOD
+from onestage.cli.app import main as run
 
 
 def main() -> None:

@@ -116,6 +116,23 @@ class MaskCodec(nn.Module):
         return self.variance if self.class_agnostic else self.variance[labels]
 
 
+class PixelCodec(nn.Module):
+    """No encoding: a code is the mask's logits, pixel by pixel (Table 3, last row)."""
+
+    def __init__(self, config: MEInstConfig):
+        super().__init__()
+        self.mask_size = config.mask_size
+
+    def encode(self, masks: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        return masks.flatten(1).float()
+
+    def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        return codes.float()
+
+    def decode(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        return codes.float().sigmoid().view(-1, self.mask_size, self.mask_size)
+
+
 @dataclass(frozen=True)
 class Encoding:
     """Fitted components, in the layout of the official files.
