@@ -131,7 +131,7 @@ def training_targets(
         UsageError: a target that cannot be meant (`Target.from_dict`).
     """
     return [
-        usable(t if isinstance(t, Target) else Target.from_dict(t, tuple(image.shape[-2:]), num_classes))
+        usable(t if isinstance(t, Target) else Target.from_dict(t, (image.shape[1], image.shape[2]), num_classes))
         for t, image in zip(targets, images, strict=True)
     ]
 
@@ -196,22 +196,24 @@ class Detections:
         public: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.mask_scores is not None:
             public["mask_scores"] = self.mask_scores
-        if mask_output == "bool":
-            self._check_memory(1)
-            public["masks"] = self.masks.to_bool()
-        elif mask_output in ("prob", "lowres"):
+        if mask_output in ("prob", "lowres"):
+            assert self.soft_masks is not None, "the model left soft masks out"
             public["masks"] = self.soft_masks[:, None]
-        elif mask_output == "rle":
-            public["masks"] = self.masks.to_rle()
-        elif mask_output == "packed":
-            public["masks"] = self.masks.to_bits()
+        elif mask_output != "none":
+            assert self.masks is not None, "the model left masks out"
+            if mask_output == "bool":
+                self._check_memory()
+                public["masks"] = self.masks.to_bool()
+            else:
+                public["masks"] = self.masks.to_rle() if mask_output == "rle" else self.masks.to_bits()
         return public
 
-    def _check_memory(self, bytes_per_pixel: int) -> None:
-        wanted = len(self) * self.image_size[0] * self.image_size[1] * bytes_per_pixel
+    def _check_memory(self) -> None:
+        height, width = self.image_size
+        wanted = len(self) * height * width
         if wanted > MASK_MEMORY:
             raise MachineError(
-                f"{len(self)} dense masks of {self.image_size[0]} x {self.image_size[1]} px take {wanted / 2**30:.1f} GiB",
+                f"{len(self)} dense masks of {height} x {width} px take {wanted / 2**30:.1f} GiB",
                 'set model.mask_output = "rle" or "packed"',
             )
 

@@ -1,6 +1,6 @@
 """From images of any size to one normalised batch, and the frames that lead back.
 
-Resizing rules are the recipes' (spec sections on input); augmentation happened before, on the image.
+Resizing rules are the recipes'; augmentation happened before, on the image.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def prepare_batch(
     resized, frames = [], []
     for image in images:
         _check_image(image)
-        frame = plan_resize(tuple(image.shape[-2:]), _draw_size(config) if training else config.test_size, config)
+        frame = plan_resize(
+            (image.shape[1], image.shape[2]), _draw_size(config) if training else config.test_size, config
+        )
         resized.append(_normalise(_resize(image, frame.input_size, config.antialias), config))
         frames.append(frame)
     multiple = config.pad_multiple

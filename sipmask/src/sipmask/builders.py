@@ -55,4 +55,6 @@ def get_model(name: str, **arguments: Any) -> SipMask:
     Raises:
         UsageError: unknown name.
     """
-    return named_model(METHOD, name, **arguments)
+    model = named_model(METHOD, name, **arguments)
+    assert isinstance(model, SipMask)
+    return model

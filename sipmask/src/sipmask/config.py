@@ -1,18 +1,29 @@
 """SipMask's switches as one frozen value, and every named configuration the paper and its code use.
 
-Numbers are from the authors' released configurations (spec section 8) where the paper is silent. `mm` and `fc` name
-the authors' two image code bases, which differ in losses and inference (spec sections 5 and 6).
+Numbers are from the authors' released configurations where the paper is silent. `mm` and `fc` name
+the authors' two image code bases, which differ in losses and inference (docs/methods/sipmask.md).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onestage.config import CAFFE_MEAN, BackboneConfig, InputConfig, ScheduleConfig
 
+CAFFE_R50 = BackboneConfig(stride_in_1x1=True)
+CAFFE_INPUT = InputConfig(channel_order="bgr", mean=CAFFE_MEAN, std=(1.0, 1.0, 1.0))
+SCHEDULE_1X = ScheduleConfig(
+    warmup="constant",
+    bias_lr_factor=2.0,
+    bias_decay=False,
+    bias_rule_also=("head.alignment.norm.bias",),
+    min_size=32,
+    drop_empty=True,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """From raw outputs to detections (spec section 6)."""
+    """From raw outputs to detections (docs/methods/sipmask.md)."""
 
     nms: Literal["greedy", "fast"] = "greedy"  # fast: matrix NMS of the real-time models
     candidates_per_level: int = 1000  # best locations (mm) or location-class pairs (fc) of each level
@@ -21,6 +32,9 @@ class InferenceConfig:
     max_detections: int = 100
     mask_threshold: float = 0.4
     mask_rounding: Literal["ceil", "floor"] = "ceil"  # of the up-sampled canvas; floor is the released code's
+
+
+GREEDY_INFERENCE = InferenceConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +58,10 @@ class SipMaskConfig:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     reduce_normalisers: bool = False  # loss normalisers averaged over processes; fc always does
-    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(stride_in_1x1=True))
-    input: InputConfig = field(default_factory=lambda: CAFFE_INPUT)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    schedule: ScheduleConfig = field(default_factory=lambda: SCHEDULE_1X)
+    backbone: BackboneConfig = CAFFE_R50
+    input: InputConfig = CAFFE_INPUT
+    inference: InferenceConfig = GREEDY_INFERENCE
+    schedule: ScheduleConfig = SCHEDULE_1X
 
     @property
     def num_coefficients(self) -> int:
@@ -60,20 +74,11 @@ class SipMaskConfig:
         return 8 // self.basis_upsample
 
 
-CAFFE_INPUT = InputConfig(channel_order="bgr", mean=CAFFE_MEAN, std=(1.0, 1.0, 1.0))
 MULTI_SCALE_INPUT = replace(CAFFE_INPUT, train_sizes=((640, 1333), (800, 1333)), train_draw="range")
 REAL_TIME_INPUT = replace(
     CAFFE_INPUT, resize="fixed", test_size=(544, 544), train_sizes=((576, 576),), augmentation="ssd"
 )
 
-SCHEDULE_1X = ScheduleConfig(
-    warmup="constant",
-    bias_lr_factor=2.0,
-    bias_decay=False,
-    bias_rule_also=("head.alignment.norm.bias",),
-    min_size=32,
-    drop_empty=True,
-)
 # 24 passes of a set repeated 3 (6x) or 5 (10x) times.
 SCHEDULE_RT_6X = ScheduleConfig(
     warmup="linear", batch_size=32, length=72, milestones=(60, 69), min_size=32, drop_empty=True
@@ -81,7 +86,7 @@ SCHEDULE_RT_6X = ScheduleConfig(
 SCHEDULE_RT_10X = replace(SCHEDULE_RT_6X, length=120, milestones=(100, 115))
 SCHEDULE_FC_1X = replace(SCHEDULE_1X, unit="steps", length=90_000, milestones=(60_000, 80_000), bias_rule_also=())
 
-R101 = BackboneConfig(name="resnet101", stride_in_1x1=True)
+R101 = replace(CAFFE_R50, name="resnet101")
 
 # High accuracy, mmdetection code.
 R50 = SipMaskConfig()
@@ -89,7 +94,7 @@ R50_MS_2X = replace(R50, input=MULTI_SCALE_INPUT, schedule=replace(SCHEDULE_1X, 
 R101_MS_4X = replace(
     R50, backbone=R101, input=MULTI_SCALE_INPUT, schedule=replace(SCHEDULE_1X, length=48, milestones=(40, 46))
 )
-# The paper's large model trained 6x; nobody released it: steps by analogy to the real-time 6x (spec section 10, 14).
+# The paper's large model trained 6x; nobody released it: steps by analogy to the real-time 6x.
 R101_MS_6X = replace(R101_MS_4X, schedule=replace(SCHEDULE_1X, length=72, milestones=(60, 69)))
 
 # Real time, mmdetection code.
@@ -114,7 +119,7 @@ R101_FC_MS_3X = replace(
     schedule=replace(SCHEDULE_FC_1X, length=270_000, milestones=(240_000, 260_000)),
 )
 
-# The baseline of Tables 2 to 5: one coefficient set, bases from P3, no alignment, no weighting (spec section 10, 16).
+# The baseline of Tables 2 to 5: one coefficient set, bases from P3, no alignment, no weighting.
 ABLATION = replace(R50, grid=(1, 1), align_features=False, basis_levels=("P3",), weighting="none")
 
 # Trained from nothing on a laptop: BN learns, torchvision's trunk and colours.

@@ -1,4 +1,4 @@
-"""Official SipMask checkpoints to ours: both key layouts (spec section 9), every tensor accounted for.
+"""Official SipMask checkpoints to ours: both key layouts, every tensor accounted for.
 
 `python -m sipmask.convert --from FILE --to FILE` is the command.
 """

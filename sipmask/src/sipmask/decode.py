@@ -1,4 +1,4 @@
-"""From raw outputs to detections (Sec. 3.3; spec sections 3 and 6).
+"""From raw outputs to detections (Sec. 3.3; both released ways, docs/methods/sipmask.md).
 
 Boxes stay legacy (inclusive) until `to_image`, which makes them exclusive.
 """
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from onestage.masks import Masks
     from sipmask.model import RawOutput
 
+MaskForm = Literal["binary", "soft", "lowres", "none"]
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -47,7 +49,7 @@ def decode(
     frames: list[ImageFrame],
     coefficients_at: Callable[[int, Tensor], Tensor],
     config: SipMaskConfig,
-    masks: Literal["binary", "soft", "lowres", "none"] = "binary",
+    masks: MaskForm = "binary",
 ) -> list[Detections]:
     """Detections of B images.
 
@@ -75,7 +77,7 @@ def decode(
 
 
 def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> Selected:
-    """Scores, decodes and suppresses the locations of image `i` (spec sections 6.1 to 6.3)."""
+    """Scores, decodes and suppresses the locations of image `i`."""
     rules = config.inference
     scores, centerness = raw.logits[i].sigmoid(), raw.centerness[i].sigmoid()
     if config.profile == "fc":
@@ -113,7 +115,7 @@ def to_image(selected: Selected, frame: ImageFrame) -> Detections:
 
 
 def assemble(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SipMaskConfig) -> Masks:
-    """Masks of one image: combine, sigmoid, prune by sub-region, up-sample, threshold, cut (spec section 3).
+    """Masks of one image: combine, sigmoid, prune by sub-region, up-sample, threshold, cut
 
     Args:
         basis: [m, h, w] basis masks at stride 8, >= 0.
@@ -144,7 +146,7 @@ def assemble(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFra
 def soft_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SipMaskConfig) -> Tensor:
     """The probabilities that `assemble` thresholds, dense: [N, height, width] of the image, float32."""
     low = low_resolution_masks(basis, coefficients, boxes, config)
-    size = _resized_size(tuple(low.shape[-2:]), frame, config)
+    size = _resized_size((low.shape[1], low.shape[2]), frame, config)
     soft = F.interpolate(low[None], size=size, mode="bilinear", align_corners=False)[0]
     height, width = frame.image_size
     soft = soft[:, :height, :width]

@@ -1,4 +1,4 @@
-"""SipMask's training losses (Sec. 3.4; spec section 5), one function a term.
+"""SipMask's training losses (Sec. 3.4), one function a term.
 
 `mm` and `fc` name the two released code bases; where they differ a term has one function each. All weights are 1.
 Boxes here are legacy (inclusive, width = x2 - x1 + 1 in IoUs) input pixels.
@@ -37,6 +37,7 @@ def compute_losses(raw: RawOutput, targets: SipMaskTargets, config: SipMaskConfi
         `loss_cls`, `loss_box`, `loss_centerness`, `loss_mask`: scalars, each connected to its outputs even where the
         batch has no positive.
     """
+    assert raw.coefficients is not None, "training needs dense coefficients"
     assigned = targets.assigned
     positive = assigned.labels >= 0
     num_positives = positive.sum().float()
@@ -127,6 +128,7 @@ def alignment_weights(
 
 
 def _image_mask_loss(raw: RawOutput, targets: SipMaskTargets, basis: Tensor, i: int, config: SipMaskConfig) -> Tensor:
+    assert raw.coefficients is not None
     labels, index = targets.assigned.labels[i], targets.assigned.index[i]
     positive = (labels >= 0).nonzero().flatten()
     stride = config.basis_stride

@@ -2,7 +2,7 @@
 
 Figure 3: `SipMask` is the whole, `SipMaskHead` its two branches, `FeatureAlignment` Sec. 3.1, `BasisMasks` Sec. 3.2;
 `decode` is Sec. 3.3, `losses` Sec. 3.4. Where the paper is silent or differs from the released code, the code is
-followed (spec sections 2 and 10): a 1x1 conv before the basis conv, box distances without exp, centerness.
+followed (docs/methods/sipmask.md): a 1x1 conv before the basis conv, box distances without exp, centerness.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onestage.errors import UsageError
 from onestage.nn import fcos
 from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
@@ -22,12 +23,13 @@ from onestage.ops.deform import deform_conv2d
 from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import prepare_batch
 from sipmask.config import SipMaskConfig
-from sipmask.decode import decode
+from sipmask.decode import MaskForm, decode
 from sipmask.losses import compute_losses
 from sipmask.targets import assign_targets
 
 DEFORM_GROUPS = 4
-MASKS_OF = {"prob": "soft", "lowres": "lowres", "none": "none"}  # public mask_output to decode's forms
+# Public `mask_output` to the forms of `decode`; the rest are made from binary masks.
+MASKS_OF: dict[str, MaskForm] = {"prob": "soft", "lowres": "lowres", "none": "none"}
 
 
 class RawOutput(NamedTuple):
@@ -74,10 +76,12 @@ class SipMask(nn.Module):
         if not self.training:
             found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
+        if targets is None:
+            raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True, legacy_boxes=True)
         raw = self.raw_outputs(batch.pixels)
-        return compute_losses(raw, assign_targets(batch.targets, raw, self.config), self.config)
+        return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.config)
 
     @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
@@ -89,7 +93,7 @@ class SipMask(nn.Module):
         _, *features = self.backbone(pixels)
         return self.head(self.fpn(features))
 
-    def _detect(self, images: list[Tensor], masks: str) -> list[Detections]:
+    def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
         return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, masks)
@@ -149,7 +153,8 @@ class SipMaskHead(nn.Module):
         if self.config.profile == "mm":  # fc leaves both to the framework's default
             init_normal(self.basis)
             init_normal(self.coefficients, 0.001)
-        nn.init.constant_(self.logits.bias, prior_bias(0.01))
+        assert self.logits.bias is not None
+        nn.init.constant_(self.logits.bias, prior_bias())
         if self.alignment.offset is not None:
             nn.init.zeros_(self.alignment.offset.weight)
 

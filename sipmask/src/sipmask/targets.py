@@ -1,4 +1,4 @@
-"""Which ground truth each location answers for (FCOS with centre sampling; spec section 4)."""
+"""Which ground truth each location answers for (FCOS with centre sampling)."""
 
 from __future__ import annotations
 
