@@ -22,6 +22,7 @@ from torch import Tensor
 
 from onestage.data.validate import MAX_PIXELS, OnBadSample, read_annotations
 from onestage.errors import DatasetError, UsageError, some
+from onestage.masks import Masks
 from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
@@ -235,8 +236,7 @@ class CocoDataset:
         sides = boxes[:, 2:] - boxes[:, :2]
         usable = (sides >= 1).all(1) & ~(flat.areas[all_of_it.start : all_of_it.stop] <= 0)
         chosen = [i for i, use in zip(all_of_it, usable, strict=True) if use]
-        rles = [flat.rle(i, size) for i in chosen]
-        masks = coco_mask.decode(rles).transpose(2, 0, 1) if rles else np.zeros((0, *size), dtype=np.uint8)
+        masks = Masks.from_rle([flat.rle(i, size) for i in chosen], size)
         polygons = None
         if self.polygons:
             parts = [flat.polygons(i) for i in chosen]
@@ -244,7 +244,7 @@ class CocoDataset:
         return Target(
             boxes=torch.from_numpy(boxes[usable].astype(np.float32)),
             labels=torch.from_numpy(flat.labels[chosen]),
-            masks=torch.from_numpy(np.ascontiguousarray(masks)),
+            masks=masks.to_bool().view(torch.uint8),
             iscrowd=torch.from_numpy(flat.crowds[chosen]),
             image_id=int(flat.image_ids[position]),
             polygons=polygons,

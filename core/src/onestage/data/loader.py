@@ -120,7 +120,13 @@ class ResumableSampler(Sampler):
     """
 
     def __init__(
-        self, aspect_ratios: Sequence[float] | np.ndarray, batch_size: int, *, seed: int, rank: int, world: int
+        self,
+        aspect_ratios: Sequence[float] | np.ndarray,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.wide = np.asarray(aspect_ratios) > 1
         self.batch_size = batch_size

@@ -196,7 +196,7 @@ def make_shapes(
 def draw_scene(
     random: np.random.Generator, size: int, classes: int, difficulty: Difficulty
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One image and its instances, G of them, at least one.
+    """One image and its G instances.
 
     Args:
         random: All randomness.
@@ -221,7 +221,7 @@ def draw_scene(
         on_canvas, in_window = _overlap(shape, size)
         mask = shape.alpha[in_window] >= 0.5
         left = visible - np.bincount(owner[on_canvas][mask], minlength=len(visible))
-        if (left < difficulty.visible * np.array(areas))[1:].any():
+        if (left < difficulty.visible * np.array(areas))[1:].any() or (mask.sum() < MIN_AREA and not is_bar):
             continue
         _paint(canvas[on_canvas], shape, in_window)
         owner[on_canvas][mask] = 0 if is_bar else len(labels)
@@ -295,7 +295,10 @@ BACKDROPS = (
     0xDED7C4,
 )
 
+MIN_AREA = 12  # pixels of an object before others cover it
+
 _SUPERSAMPLING = 4  # subpixels per side
+_MARGIN = 4  # pixels around a shape, for its shadow
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,9 +322,6 @@ class _Shape:
     pattern: np.ndarray
     label: int
     extent: float
-
-
-_MARGIN = 4
 
 
 def _draw_shape(
@@ -481,7 +481,7 @@ def _overlap(shape: _Shape, size: int) -> tuple[tuple[slice, slice], tuple[slice
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
     """[G, 4] float32 exclusive xyxy of [G, H, W] masks, none of them empty."""
-    columns, rows = masks.any(axis=1), masks.any(axis=2)
+    columns, rows = np.any(masks, axis=1), np.any(masks, axis=2)
     sides = (columns.argmax(1), rows.argmax(1))
     ends = (columns.shape[1] - columns[:, ::-1].argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1))
     return np.stack((*sides, *ends), 1).astype(np.float32)
