@@ -8,6 +8,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from onestage.errors import UsageError
@@ -123,5 +124,7 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     expected = " | ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
     raise UsageError(f"{where} is {value!r}; expected {expected}", "correct the value or leave the key out")

@@ -34,12 +34,12 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     if min(flags.batch, flags.iters) < 1 or flags.warmup < 0:
         raise UsageError("--batch and --iters are at least 1, --warmup at least 0", "give whole numbers in that range")
     device = distributed.pick_device(flags.device)
-    torch.manual_seed(flags.seed)
     state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
     if info is None:
-        config = replace(call.config, inference=replace(call.config.inference, score_threshold=0.0))
+        config = _full_house(method, call.config, flags.seed)
     else:
         config = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
+    torch.manual_seed(flags.seed)
     model: Any = method.build(config)
     if state is not None and info is not None:
         load_into(model, state, info)
@@ -90,6 +90,24 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         run_folder.write("results.json", record)
         _say(record)
         return record | {"run": str(run_folder.folder)}
+
+
+def _full_house(method: Method, config: Any, seed: int) -> Any:
+    """The config whose threshold lets random parameters find as many instances as there may be, and few more.
+
+    A threshold of 0 would send every location of every class through NMS, which no trained model does.
+    """
+    height, width = config.input.test_size
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    model: Any = method.build(_with_threshold(config, 0.0)).eval()
+    with torch.no_grad():
+        scores = model.detect([image], masks=False)[0].scores
+    return _with_threshold(config, 0.999 * float(scores[-1]) if len(scores) else 0.0)
+
+
+def _with_threshold(config: Any, threshold: float) -> Any:
+    return replace(config, inference=replace(config.inference, score_threshold=threshold))
 
 
 def _interleaved(

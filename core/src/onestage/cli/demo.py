@@ -36,7 +36,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     distributed.pick_device(flags.device)
     train_set = ShapesDataset(flags.limit or NUM_TRAIN, split="train", seed=flags.seed)
-    held_out = ShapesDataset(NUM_HELD_OUT, split="val", seed=flags.seed)
+    held_out = ShapesDataset(min(flags.limit or NUM_HELD_OUT, NUM_HELD_OUT), split="val", seed=flags.seed)
     config = replace(call.config, num_classes=len(train_set.categories))
     torch.manual_seed(flags.seed)
     model: Any = method.build(config)
@@ -106,6 +106,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         }
 
 
+@torch.no_grad()
 def _examples(model: Any, held_out: Any) -> list[Example]:
     model.eval()
     device = next(model.parameters()).device

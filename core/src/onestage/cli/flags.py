@@ -152,7 +152,7 @@ class Convert(Talk):
 class Benchmark(Model, Common):
     """Latency by stage, memory, instances per image, on random images of one size."""
 
-    weights: Path | None = None  # default: random parameters and a score threshold of 0
+    weights: Path | None = None  # default: random parameters, made to find as many instances as allowed
     image_size: tuple[int, int] | None = None  # height, width of the images; default: the network's
     batch: int = 1
     warmup: int = 2

@@ -15,8 +15,18 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     card = _variants(method) if call.flags.file is None else _card(method, call.flags.file)
     if not call.flags.json:
         for name, value in card.items():
-            print(f"{name:14} {value}")
+            print(f"{name:14} {_short(name, value)}")
     return card
+
+
+def _short(name: str, value: Any) -> str:
+    """One line for people; --json has everything."""
+    if name == "config":
+        return f"{value['backbone']['name']}, input {' x '.join(map(str, value['input']['test_size']))} (all: --json)"
+    if name == "metrics":
+        shown = [f"{key} {number:.3f}" for key, number in value.items() if key in ("bbox/AP", "segm/AP", "segm/AP50")]
+        return ", ".join(shown) or "-"
+    return str(value) or "-"
 
 
 def _variants(method: Method) -> dict[str, Any]:

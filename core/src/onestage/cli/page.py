@@ -150,15 +150,16 @@ def chart(title: str, x_name: str, lines: Sequence[Line], *, y_max: float | None
     Args:
         title: What the vertical axis shows.
         x_name: What the horizontal axis counts.
-        lines: At most six curves; those without points are left out.
+        lines: At most six curves; those without points, and values that are not finite, are left out.
         y_max: Top of the axis; otherwise a round number above the largest value.
     """
     width, height, left, right, top, bottom = CHART
-    lines = [line for line in lines if line.points]
+    finite = [Line(line.name, [point for point in line.points if math.isfinite(point[1])]) for line in lines]
+    lines = [line for line in finite if line.points]
     xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
     ys = [y for line in lines for _, y in line.points] or [0.0, 1.0]
     x_ticks, y_ticks = _ticks(max(*xs, 1e-9)), _ticks(y_max or max(*ys, 1e-9))
-    x_end, y_end = max(xs), max(y_ticks[-1], max(ys))
+    x_end, y_end = max(xs) or 1.0, max(y_ticks[-1], max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (

@@ -70,7 +70,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         todo = [source for source in sources if source.path.as_posix() not in book.files]
         bad: list[str] = []
         try:
-            for source in tqdm(todo, desc="predict", unit="image", disable=flags.quiet, file=sys.stderr, leave=False):
+            pace = 0.1 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log wants few
+            for source in tqdm(todo, "predict", unit="image", disable=flags.quiet, leave=False, mininterval=pace):
                 try:
                     image = read_image(source.path, max_pixels=flags.max_pixels)
                 except DatasetError as error:

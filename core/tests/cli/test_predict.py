@@ -1,0 +1,169 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from onestage.cli.predict import find_sources
+from onestage.engine.checkpoint import WeightsInfo, save_weights
+from onestage.engine.predict import Predictor
+from onestage.errors import UsageError
+
+
+def photo(path: Path, size=(40, 30), seed=0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def weights(method, here):
+    from dataclasses import asdict, replace
+
+    torch.manual_seed(0)
+    config = replace(method.variants["small"], num_classes=3)
+    info = WeightsInfo(
+        package="onestage", variant="small", config=asdict(config), categories=((7, "cat"), (9, "dog"), (30, "cow"))
+    )
+    save_weights(here / "toy.safetensors", method.build(config).state_dict(), info)
+    return here / "toy.safetensors"
+
+
+def names(words):
+    return [(source.path.name, source.name) for source in find_sources(words)]
+
+
+def test_sources_are_files_folders_and_patterns_each_once(here):
+    for name in ("a.jpg", "sub/b.PNG", "sub/deep/c.jpg", "a.png"):
+        photo(here / "in" / name)
+    (here / "in" / "notes.txt").write_text("no image")
+    assert names(["in"]) == [("a.jpg", "a"), ("a.png", "a-2"), ("b.PNG", "sub/b"), ("c.jpg", "sub/deep/c")]
+    assert names(["in/a.jpg", "in/*.jpg", "in/a.jpg"]) == [("a.jpg", "a")]
+
+
+def test_sources_can_come_from_stdin(here, monkeypatch):
+    photo(here / "a.jpg")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\n\n"))
+    assert names(["-"]) == [("a.jpg", "a")]
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("nothing.jpg", "SOURCE 'nothing.jpg' does not exist"),
+        ("*.jpg", "SOURCE '*.jpg' matches no image"),
+        ("clip.mp4", "SOURCE 'clip.mp4' is a video; only images are read"),
+        (".", "SOURCE '.' has no images"),
+    ],
+)
+def test_a_source_that_cannot_be_used_says_why(here, word, what):
+    with pytest.raises(UsageError) as caught:
+        find_sources([word])
+    assert caught.value.what == what
+
+
+def test_pictures_json_and_masks_are_written_and_agree_with_the_api(call, here, weights, method):
+    photo(here / "in" / "a.jpg")
+    photo(here / "in" / "b.png", seed=1)
+    code, out, _ = call(
+        "predict", "in", "--weights", weights, "--score-thr", "0", "--save", "image", "json", "masks", "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert (result["images"], result["instances"]) == (2, 6)
+    run = Path(result["run"])
+    with Image.open(run / "images" / "a.jpg") as picture:
+        assert picture.size == (40, 30)
+    assert len(list((run / "masks" / "b").glob("*.png"))) == 3
+
+    truth = COCO(result["json"])
+    assert [c["name"] for c in truth.loadCats(truth.getCatIds())] == ["cat", "dog", "cow"]
+    predictor = Predictor.from_weights(weights, method=method, score_threshold=0.0)
+    for image in truth.loadImgs(truth.getImgIds()):
+        expected = predictor(image["file_name"])
+        entries = truth.loadAnns(truth.getAnnIds(imgIds=image["id"]))
+        assert [e["category_id"] for e in entries] == expected.category_ids
+        assert [e["segmentation"] for e in entries] == expected.rle
+        for entry, mask in zip(entries, expected.masks.to_bool(), strict=True):
+            assert np.array_equal(truth.annToMask(entry), mask.numpy())
+            assert entry["area"] == int(mask.sum())
+
+
+def test_classes_and_polygons(call, here, weights):
+    photo(here / "a.jpg")
+    _, out, _ = call("predict a.jpg --weights toy.safetensors --score-thr 0 --classes dog --mask-format polygon --json")
+    annotations = json.loads(Path(json.loads(out)["json"]).read_text())["annotations"]
+    assert [entry["category_id"] for entry in annotations] == [9]
+    assert len(annotations[0]["segmentation"][0]) >= 6
+    code, _, err = call("predict a.jpg --weights toy.safetensors --classes horse")
+    assert code == 2
+    assert err.startswith("error: --classes: the weights do not know horse\n  fix: they know cat, dog, cow")
+
+
+def test_shards_share_the_images_and_one_folder(call, here, weights):
+    for number in range(5):
+        photo(here / "in" / f"{number}.jpg")
+    for index in range(2):
+        code, out, _ = call(
+            "predict",
+            "in",
+            "--weights",
+            weights,
+            "--output",
+            "out",
+            "--shard",
+            f"{index}/2",
+            "--save",
+            "json",
+            "--json",
+        )
+        assert code == 0
+        assert json.loads(out)["images"] == (3, 2)[index]
+    files = [
+        image["file_name"]
+        for name in ("predictions-0-of-2.json", "predictions-1-of-2.json")
+        for image in json.loads((here / "out" / name).read_text())["images"]
+    ]
+    assert sorted(files) == [f"in/{number}.jpg" for number in range(5)]
+    assert call("predict", "in", "--weights", weights, "--shard", "2/2")[0] == 2
+
+
+def test_skip_existing_goes_on_where_an_earlier_run_stopped(call, here, weights):
+    photo(here / "in" / "a.jpg")
+    words = ["predict", "in", "--weights", weights, "--output", "out", "--score-thr", "0", "--json"]
+    call(*words)
+    assert call(*words)[0] == 2  # not empty
+    photo(here / "in" / "b.jpg")
+    _, out, _ = call(*words, "--skip-existing")
+    assert (json.loads(out)["images"], json.loads(out)["skipped"]) == (1, 1)
+    content = json.loads((here / "out" / "predictions.json").read_text())
+    assert [image["id"] for image in content["images"]] == [1, 2]
+    assert len({entry["id"] for entry in content["annotations"]}) == 6
+
+
+def test_one_broken_image_among_others_is_named_after_the_others_are_done(call, here, weights):
+    photo(here / "in" / "a.jpg")
+    (here / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a jpeg")
+    code, _, err = call("predict", "in", "--weights", weights, "--output", "out")
+    assert code == 3
+    assert "error: 1 of 2 images could not be read: in/broken.jpg" in err
+    assert (here / "out" / "images" / "a.jpg").exists()
+    assert json.loads((here / "out" / "error.json").read_text())["exit_code"] == 3
+
+
+def test_weights_are_asked_for(call, here):
+    photo(here / "a.jpg")
+    code, _, err = call("predict", "a.jpg")
+    assert code == 2
+    assert err.startswith("error: --weights is missing\n  fix: python -m onestage.predict IMAGE --weights")
+
+
+def test_dry_run_writes_nothing(call, here, weights):
+    photo(here / "a.jpg")
+    assert call("predict", "a.jpg", "--weights", weights, "--dry-run")[0] == 0
+    assert not (here / "runs").exists()

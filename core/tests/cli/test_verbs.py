@@ -1,0 +1,204 @@
+"""Whole verbs with the toy method of conftest.py: files, numbers and what is printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from onestage.engine.checkpoint import load_weights
+
+
+def train(call, *words):
+    code, out, err = call("train", "--small", "--device", "cpu", "--epochs", "2", "--json", *words)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_train_leaves_a_run_folder_that_config_json_repeats(call, shapes):
+    result = train(call, "--data", "shapes")
+    run = Path(result["run"])
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "environment.json", "log.txt", "metrics.csv", "metrics.jsonl", "last.ckpt"} <= names
+    assert json.loads((run / "config.json").read_text())["model"]["num_classes"] == 3
+    state, info = load_weights(result["weights"])
+    assert info.package == "onestage"
+    assert [name for _, name in info.categories] == ["ring", "star", "heart"]
+    code, out, _ = call("train", "--config", run / "config.json", "--json", "--output", "again")
+    assert code == 0
+    again, _ = load_weights(json.loads(out)["weights"])
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_train_says_what_next_and_that_can_be_run(call, shapes):
+    _, _, err = call("train", "--small", "--device", "cpu", "--epochs", "1", "--data", "shapes")
+    (line,) = [line for line in err.splitlines() if ".eval " in line]
+    words = line.split()
+    assert words[:3] == ["python", "-m", "onestage.eval"]
+    assert call("eval", *words[3:], "--device", "cpu")[0] == 0
+
+
+def test_resume_goes_on_in_the_same_folder(call, shapes, here):
+    whole = train(call, "--data", "shapes", "--output", "whole")
+    code, _, _ = call("train --small --device cpu --epochs 2 --data shapes --output part")
+    assert code == 0
+    code, out, _ = call("train", "--resume", "part/last.ckpt", "--json")
+    assert code == 0
+    resumed = json.loads(out)
+    assert resumed["run"] == "part"
+    assert resumed["steps"] == whole["steps"]
+
+
+def test_an_interrupted_run_is_saved_and_says_how_to_go_on(call, shapes, monkeypatch):
+    from onestage.cli import train as verb
+    from onestage.engine.train import Interrupted
+
+    def stop(*arguments, **more):
+        raise Interrupted(15, Path("runs/x/last.ckpt"), 3)
+
+    monkeypatch.setattr(verb, "train", stop)
+    code, _, err = call("train", "--small", "--data", "shapes", "--output", "out")
+    assert code == 143
+    assert "python -m onestage.train --resume runs/x/last.ckpt" in err
+    assert not Path("out/error.json").exists()
+
+
+def test_overfit_trains_and_evaluates_on_the_same_few_images(call, shapes):
+    result = train(call, "--data", "shapes", "--overfit", "2", "--output", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["model"]["input"]["augmentation"] == "none"
+    found = json.loads(Path("out/results.json").read_text())
+    assert {entry["image_id"] for entry in found} <= {1, 2}
+    assert result["steps"] == 2  # 2 epochs of at most one batch
+
+
+def test_a_trunk_without_weights_learns_all_of_itself(call, shapes):
+    _, out, err = call("train", "--data", "shapes", "--dry-run", "--json", "--device", "cpu")
+    assert json.loads(out)["dry_run"]
+    assert "the trunk starts from random numbers" in err
+    assert not Path("runs").exists()
+
+
+def test_weights_of_other_categories_are_refused_unless_the_head_starts_anew(call, shapes):
+    weights = train(call, "--data", "shapes", "--output", "first")["weights"]
+    for split in ("train", "val"):
+        file = shapes / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["categories"].append({"id": 99, "name": "moon"})
+        file.write_text(json.dumps(content))
+    words = ["train", "--small", "--device", "cpu", "--epochs", "1", "--data", "shapes", "--weights", weights]
+    code, _, err = call(*words)
+    assert code == 4
+    assert err.endswith("add --head reinit to keep the trunk and start a new head\n")
+    code, out, err = call(*words, "--head", "reinit", "--json")
+    assert code == 0
+    assert "new head: " in err
+    assert len(load_weights(json.loads(out)["weights"])[1].categories) == 4
+
+
+def test_eval_of_weights_and_of_the_file_it_wrote_agree(call, shapes):
+    weights = train(call, "--data", "shapes")["weights"]
+    words = ["eval", "--data", "shapes", "--device", "cpu", "--per-class", "--json"]
+    code, out, _ = call(*words, "--weights", weights, "--score-thr", "0")
+    assert code == 0
+    first = json.loads(out)
+    assert first["images_with_detections"] == 4
+    code, out, _ = call(*words, "--results", first["results"])
+    assert code == 0
+    second = json.loads(out)
+    metrics = [name for name in first if "/" in name and not isinstance(first[name], str)]
+    assert "segm/AP/star" in metrics
+    assert [first[name] for name in metrics] == [second[name] for name in metrics]
+
+
+def test_eval_without_weights_says_that_numbers_are_random(call, shapes):
+    code, out, err = call("eval", "--small", "--data", "shapes", "--device", "cpu", "--limit", "2", "--json")
+    assert code == 0
+    assert json.loads(out)["images"] == 2
+    assert "no --weights: small with random parameters" in err
+
+
+def test_eval_of_weights_and_results_at_once_is_refused(call, shapes):
+    assert call("eval", "--data", "shapes", "--weights", "a", "--results", "b")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "start"),
+    [
+        (["--data", "nowhere"], 3, "error: dataset folder 'nowhere' does not exist"),
+        ([], 2, "error: no data set: --data is not given and COCO_ROOT is not set"),
+        (["--data", "shapes", "--device", "tpu9"], 2, "error: device 'tpu9' is unknown"),
+        (["--data", "shapes", "--weights", "page.pth"], 4, "error: weights 'page.pth' is an HTML page"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_has_its_exit_code(call, shapes, monkeypatch, words, code, start):
+    monkeypatch.delenv("COCO_ROOT", raising=False)
+    Path("page.pth").write_text("<!doctype html><html>please log in</html>")
+    got, _, err = call("train", "--small", *words)
+    assert (got, err[: len(start)]) == (code, start)
+
+
+def test_broken_annotations_are_told_in_two_lines(call, shapes):
+    (shapes / "annotations" / "instances_train.json").write_text("{")
+    code, _, err = call("train", "--small", "--device", "cpu", "--data", "shapes")
+    assert code == 3
+    assert err.startswith("error: ")
+    assert "\n  fix: " in err
+
+
+def test_demo_leaves_a_page_weights_and_commands(call, here):
+    code, out, err = call("demo", "--device", "cpu", "--json", "--output", "out", "--steps", "3", "--limit", "12")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert {"segm/AP", "bbox/AP", "seconds", "page", "run"} == set(result)
+    html = Path(result["page"]).read_text()
+    assert "generated shapes, not COCO" in html
+    assert html.count("data:image/jpeg") == 24
+    (line,) = [line for line in err.splitlines() if ".predict " in line]
+    assert call("predict", *line.split()[3:], "--device", "cpu")[0] == 0
+
+
+def test_convert_accounts_for_the_file_and_verifies(call, here):
+    torch.save({"state_dict": {"theirs.weight": torch.ones(3, 1)}}, "theirs.pth")
+    code, out, err = call("convert", "--from", "theirs.pth", "--to", "ours.safetensors", "--verify", "--map", "--json")
+    assert code == 0, err
+    assert json.loads(out)["verified"]
+    state, info = load_weights("ours.safetensors")
+    assert torch.equal(state["head.weight"], torch.ones(3, 1))
+    assert len(info.source_sha256) == 64
+    code, out, _ = call("info", "ours.safetensors")
+    assert code == 0
+    assert "theirs.pth" in out
+    code, _, err = call("convert", "--from", "theirs.pth", "--to", "ours.safetensors")
+    assert (code, err.splitlines()[0]) == (2, "error: --to 'ours.safetensors' exists")
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--to", "x.safetensors"], "--from is missing"),
+        (["--from", "x.pth"], "--to is missing"),
+        (["--from", "x.pth", "--to", "x.pth"], "--to 'x.pth' does not end in .safetensors"),
+    ],
+)
+def test_convert_asks_for_both_files(call, here, words, what):
+    code, _, err = call("convert", *words)
+    assert (code, err.splitlines()[0]) == (2, f"error: {what}")
+
+
+def test_coco_categories_are_the_eighty_with_their_ids():
+    from onestage.cli.convert import coco_categories
+
+    categories = coco_categories()
+    assert len(categories) == 80
+    assert (categories[0], categories[11], categories[-1]) == ((1, "person"), (13, "stop sign"), (90, "toothbrush"))
+
+
+def test_benchmark_counts_instances_and_times_stages(call, here):
+    code, out, _ = call("benchmark", "--small", "--device", "cpu", "--iters", "2", "--warmup", "0", "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["instances_per_image"] == 80  # one per category
+    assert {"backbone", "head", "masks"} == set(record["stages"])
+    assert record["milliseconds"]["p50"] > 0
+    assert (Path(record["run"]) / "results.json").exists()
