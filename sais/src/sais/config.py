@@ -45,11 +45,13 @@ class SAISConfig:
 
 
 # Aspect is not kept; 768 and 640 are multiples of 128, so nothing is padded.
-FIXED_768 = InputConfig(resize="fixed", test_size=(768, 768), train_sizes=((768, 768),))
+FIXED_768: InputConfig = InputConfig(resize="fixed", test_size=(768, 768), train_sizes=((768, 768),))
 FIXED_640 = InputConfig(resize="fixed", test_size=(640, 640), train_sizes=((640, 640),))
 KEEP_RATIO = InputConfig()
 
-SCHEDULE_1X = ScheduleConfig(warmup="constant", bias_lr_factor=2.0, bias_decay=False, min_size=32, drop_empty=True)
+SCHEDULE_1X: ScheduleConfig = ScheduleConfig(
+    warmup="constant", bias_lr_factor=2.0, bias_decay=False, min_size=32, drop_empty=True
+)
 
 # Table IV.
 R50_768 = SAISConfig()

@@ -48,9 +48,12 @@ def decode(
         in_image = box_ops.clip(box_ops.scale(boxes, (1 / vertical, 1 / horizontal)), frame.image_size)
         found = Detections(frame.image_size, in_image, kept.scores, kept.labels)
         if raw.prototypes is not None and masks != "none":
-            form = {"binary": binary_masks, "soft": soft_masks, "lowres": low_resolution_masks}[masks]
-            made = form(raw.prototypes[i], coefficients_at(i, kept.index), boxes, frame, config)
-            found = replace(found, **{"masks" if masks == "binary" else "soft_masks": made})
+            inputs = raw.prototypes[i], coefficients_at(i, kept.index), boxes, frame, config
+            if masks == "binary":
+                found = replace(found, masks=binary_masks(*inputs))
+            else:
+                soft = soft_masks if masks == "soft" else low_resolution_masks
+                found = replace(found, soft_masks=soft(*inputs))
         decoded.append(found)
     return decoded
 

@@ -1,12 +1,13 @@
 """SAIS as the core's engine and command line see it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from onestage.method import Method
 from sais.config import VARIANTS, SAISConfig
-from sais.convert import config_of, convert_state_dict
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sais.model import SAIS
 
 
@@ -14,6 +15,18 @@ def build(config: SAISConfig) -> "SAIS":
     from sais.model import SAIS
 
     return SAIS(config)
+
+
+def convert(state: "dict[str, Tensor]", config: SAISConfig) -> NoReturn:
+    from sais.convert import convert_state_dict
+
+    convert_state_dict(state, config)
+
+
+def infer_config(state: "dict[str, Tensor]") -> NoReturn:
+    from sais.convert import config_of
+
+    config_of(state)
 
 
 METHOD = Method(
@@ -25,6 +38,6 @@ METHOD = Method(
     small_variant="small",
     demo_variant="demo",
     build=build,
-    convert=convert_state_dict,
-    infer_config=config_of,
+    convert=convert,
+    infer_config=infer_config,
 )
