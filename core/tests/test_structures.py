@@ -67,10 +67,10 @@ def test_crowds_and_boxes_under_a_pixel_do_not_train():
         torch.tensor([0, 1, 2]),
         torch.zeros(3, 50, 50).byte(),
         torch.tensor([False, False, True]),
-        polygons=(1, 2, 3),
+        polygons=(((1.0,),), None, None),
     )
     assert usable(target).labels.tolist() == [0]
-    assert usable(target).polygons == (1,)
+    assert usable(target).polygons == (((1.0,),),)
     assert training_targets([target], [torch.zeros(3, 50, 50)], 3)[0].labels.tolist() == [0]
 
 
