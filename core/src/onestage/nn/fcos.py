@@ -93,9 +93,7 @@ def assign_batch(
     limits = per_location(sizes, ranges, points.device)
     labels, index, ltrb = [], [], []
     for target in targets:
-        matched, distances = assign(
-            points, strides, limits, target.boxes, radius=radius, legacy=legacy, choose=choose
-        )
+        matched, distances = assign(points, strides, limits, target.boxes, radius=radius, legacy=legacy, choose=choose)
         background = torch.cat((target.labels, target.labels.new_tensor([-1])))  # index -1 reads the last
         labels.append(background[matched])
         index.append(matched)
