@@ -29,6 +29,7 @@ class Method:
         extra_verbs: Name to a function from the words after the verb to the exit code.
         prepare: (model, training data) before training from nothing, for what a method takes from the annotations;
             None where there is no such thing.
+        polygons: Training targets carry polygons too.
     """
 
     name: str
@@ -43,3 +44,4 @@ class Method:
     infer_config: Callable[[dict[str, Tensor]], Any]
     extra_verbs: Mapping[str, Callable[[list[str]], int]] = field(default_factory=dict)
     prepare: Callable[[nn.Module, Any], None] | None = None
+    polygons: bool = False

@@ -68,6 +68,11 @@ def test_json_is_one_object_on_stdout(call):
     assert list(json.loads(out)) == ["big", "small", "demo"]
 
 
+def test_of_several_processes_one_writes_json(call, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert call("info", "--json")[1] == ""
+
+
 def test_without_a_verb_the_overview_lists_all_verbs(call):
     code, out, _ = call(None)
     assert code == 2

@@ -95,7 +95,7 @@ def _run(method: Method, verb: str, words: list[str]) -> int:
     # The import is here because these modules load torch.
     run: Callable[[Method, Call], dict[str, Any]] = import_module(f"onestage.cli.{verb}").run
     result = run(method, call)
-    if call.flags.json:
+    if call.flags.json and os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
         print(json.dumps(result))
     return 0
 

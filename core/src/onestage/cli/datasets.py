@@ -12,18 +12,21 @@ from onestage.errors import DatasetError
 logger = logging.getLogger("onestage")
 
 
-def open_split(call: Call, split: Literal["train", "val"], schedule: Any | None = None) -> CocoDataset:
+def open_split(
+    call: Call, split: Literal["train", "val"], schedule: Any | None = None, polygons: bool = False
+) -> CocoDataset:
     """The data set that --data (or the explicit flags, or COCO_ROOT) names.
 
     Args:
         call: The command line.
         split: Which part of it.
         schedule: With training data, what its recipe leaves out (`drop_empty`, `min_size`).
+        polygons: Targets carry polygons too.
     """
     flags = call.flags
     found = locate(flags.data, split, json=getattr(flags, f"{split}_json"), images=getattr(flags, f"{split}_images"))
     dropping = {} if schedule is None else {"drop_empty": schedule.drop_empty, "min_size": schedule.min_size}
-    dataset = CocoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample, **dropping)
+    dataset = CocoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample, polygons=polygons, **dropping)
     if len(dataset) == 0:
         raise DatasetError(f"dataset '{found.json}' has no images to use", "check its images and --drop-empty")
     logger.info(

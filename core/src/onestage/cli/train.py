@@ -78,7 +78,7 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     checkpoint = None if flags.resume is None else checkpoint_to_resume(method.name, flags.resume, flags.output)
     state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
     config = _config(method, call, info)
-    train_set, val_set = _data(call, config)
+    train_set, val_set = _data(method, call, config)
     config = replace(config, num_classes=len(train_set.categories))
     if flags.overfit is not None:
         config = replace(config, input=replace(config.input, augmentation="none"))
@@ -156,9 +156,9 @@ def _config(method: Method, call: Call, info: WeightsInfo | None) -> Any:
     return config
 
 
-def _data(call: Call, config: Any) -> tuple[Any, Any]:
+def _data(method: Method, call: Call, config: Any) -> tuple[Any, Any]:
     flags = call.flags
-    train_set = open_split(call, "train", config.schedule)
+    train_set = open_split(call, "train", config.schedule, method.polygons)
     if flags.overfit is not None:
         if flags.overfit < 1:
             raise UsageError(f"--overfit is {flags.overfit}", "give at least 1 image")
