@@ -1,0 +1,391 @@
+"""Mask post-processing on the CPU: the published dense formulas against the window path, in one process.
+
+Each round draws new inputs, asserts that both sides give the same result, then times A B B A in CPU time. Peak memory
+is measured in fresh processes. Writes one record to results/speed/ and prints a table; README.md beside this says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from record import write_record
+from torch import Tensor
+from torch.nn import functional as F
+
+from onestage.masks import Masks
+from onestage.ops.assemble import assemble_masks, crop_window
+from onestage.ops.mask_loss import window_mask_loss
+from onestage.ops.paste import paste_masks
+from onestage.testing import (
+    coco_like_boxes,
+    dense_mask_loss,
+    dense_masks,
+    dense_paste,
+    dense_soft_masks,
+    dense_two_class_masks,
+)
+
+Size = tuple[int, int]
+Sides = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Args:
+        name: How the command line and the record call it.
+        title: What it is, for people.
+        goal: Ratio of CPU time that it has to reach.
+        make: Draws inputs and returns the naive side and ours.
+        check: Asserts that two results agree and says how closely.
+    """
+
+    name: str
+    title: str
+    goal: float
+    make: Callable[[torch.Generator], Sides]
+    check: Callable[[Any, Any], dict[str, float]]
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    chosen = [case for case in CASES if case.name in arguments.cases]
+    if arguments.peak:
+        print(peak_megabytes(chosen[0], arguments.peak == "ours"))
+        return 0
+    results = []
+    print(f"{'case':22}{'naive ms':>10}{'ours ms':>9}{'ratio':>8}{'goal':>7}{'naive MB':>10}{'ours MB':>9}{'less':>7}")
+    for case in chosen:
+        result = measure(case, arguments.rounds, arguments.threads)
+        results.append(result)
+        print(
+            f"{case.name:22}{result['naive_ms']['median']:10.1f}{result['ours_ms']['median']:9.1f}"
+            f"{result['ratio']:8.1f}{case.goal:7.1f}{result['naive_peak_mb']:10.1f}{result['ours_peak_mb']:9.1f}"
+            f"{result['memory_ratio']:7.1f}",
+            flush=True,
+        )
+    if arguments.output:
+        path = write_record(
+            Path(arguments.output),
+            "masks-cpu",
+            {"cases": {case.name: case.title for case in chosen}, "threads": arguments.threads},
+            {"protocol": {**PROTOCOL, "rounds": arguments.rounds}, "results": results},
+        )
+        print(f"wrote {path}")
+    return 0 if all(result["ratio"] >= result["goal"] for result in results) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    names = [case.name for case in CASES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of A B B A (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time (%(default)s)")
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "speed"), help="'' writes nothing")
+    parser.add_argument("--peak", choices=["naive", "ours"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(case: Case, rounds: int, threads: int) -> dict[str, Any]:
+    """Times both sides of a case and asserts their equality in every round."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times: tuple[list[float], list[float]] = ([], [])
+    equal: dict[str, float] = {}
+    for number in range(rounds):
+        sides = case.make(torch.Generator().manual_seed(number))
+        # Also the warm-up of this round.
+        for key, value in case.check(sides[0](), sides[1]()).items():
+            equal[key] = max(equal.get(key, 0.0), value)
+        for which in (0, 1, 1, 0):
+            start = clock()
+            sides[which]()
+            times[which].append(1e3 * (clock() - start))
+    naive, ours = (statistics.median(values) for values in times)
+    peaks = [fresh_peak(case, which) for which in ("naive", "ours")]
+    return {
+        "case": case.name,
+        "goal": case.goal,
+        "ratio": naive / ours,
+        "naive_ms": spread(times[0]),
+        "ours_ms": spread(times[1]),
+        "naive_peak_mb": peaks[0],
+        "ours_peak_mb": peaks[1],
+        "memory_ratio": peaks[0] / max(peaks[1], 0.1),
+        "equal": True,
+        "difference": equal,
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def fresh_peak(case: Case, which: str) -> float:
+    """Peak memory of one run in a process of its own, MB."""
+    command = [sys.executable, __file__, "--cases", case.name, "--peak", which]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def peak_megabytes(case: Case, ours: bool) -> float:
+    """How far a run exceeds what is resident once its inputs exist, MB. Linux."""
+    side = case.make(torch.Generator().manual_seed(0))[ours]
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = status_megabytes("VmRSS")
+    result = side()
+    peak = status_megabytes("VmHWM")
+    del result
+    return peak - before
+
+
+def status_megabytes(key: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def smooth(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise that varies over four cells, as basis maps do."""
+    *_, height, width = shape
+    noise = torch.randn(*shape[:-2], height // 4 + 1, width // 4 + 1, generator=generator)
+    return F.interpolate(noise[None], size=(height, width), mode="bilinear")[0]
+
+
+def sub_regions(network: Size, resized: Size, image: Size, rle: bool = False) -> Callable[[torch.Generator], Sides]:
+    """SipMask: 2 x 2 coefficient sets, basis at stride 8, probabilities at stride 2."""
+
+    def make(generator: torch.Generator) -> Sides:
+        basis = smooth((32, network[0] // 8, network[1] // 8), generator).relu()
+        coefficients = torch.randn(100, 128, generator=generator)
+        half = (network[0] // 2, network[1] // 2)
+        valid = (half[0], round(half[1] * image[1] / resized[1])) if resized != image else half
+        boxes = coco_like_boxes(100, valid, generator)
+
+        @torch.no_grad()
+        def naive() -> Tensor:
+            soft = dense_soft_masks(basis, coefficients, boxes, grid=(2, 2), upsample=4)
+            return dense_masks(soft, 0.4, resized, image)
+
+        def ours() -> Masks:
+            return assemble_masks(
+                basis,
+                coefficients,
+                crop_window(boxes, half),
+                boxes=boxes,
+                grid=(2, 2),
+                upsample=4,
+                threshold=0.4,
+                resized_size=resized,
+                output_size=image,
+            )
+
+        return (lambda: encode(naive()), lambda: ours().to_rle()) if rle else (naive, ours)
+
+    return make
+
+
+def prototypes(grid: Size, image: Size) -> Callable[[torch.Generator], Sides]:
+    """YOLACT and SAIS: one coefficient set, prototypes at stride 4, cropped with a margin."""
+
+    def make(generator: torch.Generator) -> Sides:
+        basis = smooth((32, *grid), generator).relu()
+        coefficients = torch.randn(100, 32, generator=generator).tanh()
+        boxes = coco_like_boxes(100, grid, generator)
+
+        @torch.no_grad()
+        def naive() -> Tensor:
+            return dense_masks(dense_soft_masks(basis, coefficients, boxes, rule="margin"), 0.5, image, image)
+
+        def ours() -> Masks:
+            return assemble_masks(basis, coefficients, crop_window(boxes, grid, "margin"), output_size=image)
+
+        return naive, ours
+
+    return make
+
+
+def two_classes(padded: Size, resized: Size, image: Size) -> Callable[[torch.Generator], Sides]:
+    """RDSNet: background and foreground maps at stride 4, two resizes of logits, crop expanded 1.2 times."""
+
+    def make(generator: torch.Generator) -> Sides:
+        basis = smooth((32, padded[0] // 4, padded[1] // 4), generator)
+        background, foreground = torch.randn(2, 100, 32, generator=generator)
+        windows = crop_window(coco_like_boxes(100, image, generator), image, "expand", padding=0.1)
+
+        @torch.no_grad()
+        def naive() -> Tensor:
+            soft = dense_two_class_masks(
+                basis, background, foreground, windows, padded_size=padded, resized_size=resized, output_size=image
+            )
+            return soft > 0.4
+
+        def ours() -> Masks:
+            return assemble_masks(
+                basis,
+                foreground - background,
+                windows,
+                upsample=4,
+                order="logits",
+                threshold=0.4,
+                valid_size=resized,
+                output_size=image,
+                align_corners=True,
+            )
+
+        return naive, ours
+
+    return make
+
+
+def pasted(image: Size) -> Callable[[torch.Generator], Sides]:
+    """MEInst and SPRNet: 28 x 28 maps into boxes."""
+
+    def make(generator: torch.Generator) -> Sides:
+        maps = smooth((100, 28, 28), generator).sigmoid()
+        boxes = coco_like_boxes(100, image, generator)
+
+        @torch.no_grad()
+        def naive() -> Tensor:
+            return dense_paste(maps, boxes, image) >= 0.5
+
+        return naive, lambda: paste_masks(maps, boxes, image)
+
+    return make
+
+
+def loss(grid: Size, regions: Size) -> Callable[[torch.Generator], Sides]:
+    """Mask loss forward and backward: 40 locations answer for 8 instances with boxes around theirs."""
+
+    def make(generator: torch.Generator) -> Sides:
+        basis = smooth((32, *grid), generator).relu()
+        coefficients = 0.3 * torch.randn(40, 32 * regions[0] * regions[1], generator=generator)
+        answered = coco_like_boxes(8, grid, generator)
+        index = torch.randint(8, (40,), generator=generator)
+        sides = answered[index, 2:] - answered[index, :2]
+        boxes = answered[index] + 0.1 * torch.cat((sides, sides), 1) * torch.randn(40, 4, generator=generator)
+        masks = (smooth((8, *grid), generator) > 0).byte()
+        weights = torch.rand(40, generator=generator)
+
+        def side(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor | None, ...]]:
+            def run() -> tuple[Tensor | None, ...]:
+                inputs = basis.clone().requires_grad_(), coefficients.clone().requires_grad_()
+                losses = function(*inputs, boxes, masks, index, grid=regions)
+                (losses * weights).sum().backward()
+                return losses.detach(), inputs[0].grad, inputs[1].grad
+
+            return run
+
+        return side(dense_mask_loss), side(window_mask_loss)
+
+    return make
+
+
+def encode(dense: Tensor) -> list[dict[str, Any]]:
+    """COCO run lengths of dense masks by pycocotools."""
+    columns = np.asfortranarray(dense.numpy().transpose(1, 2, 0).view(np.uint8))
+    return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in coco_mask.encode(columns)]
+
+
+def same_masks(naive: Tensor, ours: Masks) -> dict[str, float]:
+    """At most five of a million pixels differ, and run lengths are pycocotools' to the byte."""
+    dense = ours.to_bool()
+    per_million = 1e6 * float((dense != naive).sum()) / int(naive.sum())
+    assert per_million <= 5, f"{per_million} pixels of a million differ"
+    assert ours.to_rle() == encode(dense), "run lengths differ from pycocotools'"
+    return {"pixels_per_million": per_million}
+
+
+def same_runs(naive: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, float]:
+    """Run lengths are equal, but for masks with a pixel on the threshold."""
+    different = sum(a != b for a, b in zip(naive, ours, strict=True))
+    assert different <= 5, f"{different} of {len(naive)} masks have other run lengths"
+    return {"masks_of_100": different}
+
+
+def same_gradients(naive: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> dict[str, float]:
+    """Losses and gradients agree to 1e-5 of the largest."""
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(naive, ours, strict=True))
+    assert worst <= 1e-5, f"losses or gradients differ by {worst}"
+    return {"relative": worst}
+
+
+LARGE: Size = (800, 1333)
+CASES = (
+    Case(
+        "subregions-544",
+        "SipMask masks, input 544 x 544, image 480 x 640",
+        8,
+        sub_regions((544, 544), (480, 640), (480, 640)),
+        same_masks,
+    ),
+    Case(
+        "subregions-800",
+        "SipMask masks, input 800 x 1344, image 800 x 1333",
+        20,
+        sub_regions((800, 1344), (800, 1344), LARGE),
+        same_masks,
+    ),
+    Case(
+        "subregions-800-rle",
+        "the same to COCO RLE; naive: pycocotools on dense masks",
+        12,
+        sub_regions((800, 1344), (800, 1344), LARGE, rle=True),
+        same_runs,
+    ),
+    Case(
+        "prototypes-544", "YOLACT masks, 138 x 138, image 480 x 640", 6, prototypes((138, 138), (480, 640)), same_masks
+    ),
+    Case("prototypes-800", "SAIS masks, 200 x 334, image 800 x 1333", 10, prototypes((200, 334), LARGE), same_masks),
+    Case(
+        "two-classes-800",
+        "RDSNet masks, input 800 x 1344, image 800 x 1333",
+        20,
+        two_classes((800, 1344), LARGE, LARGE),
+        same_masks,
+    ),
+    Case(
+        "paste-800",
+        "28 x 28 maps into boxes of 800 x 1333; naive: torchvision-like dense sampling",
+        10,
+        pasted(LARGE),
+        same_masks,
+    ),
+    Case(
+        "mask-loss-stride-4",
+        "loss forward and backward, 200 x 336, one set",
+        4,
+        loss((200, 336), (1, 1)),
+        same_gradients,
+    ),
+    Case(
+        "mask-loss-stride-2",
+        "loss forward and backward, 400 x 672, 2 x 2 sets",
+        4,
+        loss((400, 672), (2, 2)),
+        same_gradients,
+    ),
+)
+PROTOCOL = {
+    "order": "A B B A, new inputs each round, one checked run of each side before as warm-up",
+    "time": "CPU time of the process with one thread, wall time with more",
+    "memory": "peak resident set of one run in a fresh process, above what is resident once the inputs exist",
+    "detections": 100,
+    "boxes": "onestage.testing.coco_like_boxes: 40 % small, 35 % medium, 25 % large",
+    "precision": "float32, eager",
+    "output": "naive: dense bool; ours: bool pixels of box windows",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
