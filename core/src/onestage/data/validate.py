@@ -12,6 +12,7 @@ import json
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,9 @@ def read_json(path: Path, **options: Any) -> Any:
             "download the file itself",
         )
     try:
-        return json.loads(raw, **options)
+        text = raw.decode("utf-8-sig")
+        del raw  # half a gigabyte for COCO
+        return json.loads(text, **options)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"file '{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}",
@@ -193,9 +196,15 @@ class _Images:
     names: list[str]
     position: dict[int, int]  # of the id; -1 for an image that was left out
 
+    def position_of(self, image_id: Any) -> int | None:
+        """None where no image has the id."""
+        return self.position.get(image_id) if _whole(image_id) else None
+
 
 def _compact(value: dict[str, Any]) -> dict[str, Any]:
-    """Packs polygons while the file is parsed: as Python floats all of COCO's would take gigabytes."""
+    """Packs polygons and drops links while the file is parsed: as Python objects COCO's would take gigabytes."""
+    for key in ("coco_url", "flickr_url", "license", "date_captured"):
+        value.pop(key, None)
     polygons = value.get("segmentation")
     if isinstance(polygons, list):
         with contextlib.suppress(TypeError, OverflowError):  # not polygons; the check says so
@@ -265,7 +274,7 @@ def _check_annotations(
     source: str,
     problems: list[str],
 ) -> dict[str, np.ndarray]:
-    """The flat arrays of `Annotations` that describe annotations."""
+    """The flat arrays of `Annotations` that describe annotations. Empties the list: there is no memory for both."""
     label_of = {key: label for label, (key, _) in enumerate(categories)}
     where: list[int] = []  # position of the image
     ids: list[int] = []
@@ -279,26 +288,29 @@ def _check_annotations(
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             raise DatasetError(f"{source}: annotations[{number}] is {_short(annotation)}", "use COCO format")
-        key = annotation.get("id", number + 1)
-        image = images.position.get(annotation["image_id"]) if _whole(annotation.get("image_id")) else None
+        annotation.setdefault("id", number + 1)
+    annotations.sort(key=lambda annotation: images.position_of(annotation.get("image_id")) or 0)
+    for number, annotation in enumerate(annotations):
+        annotations[number] = None
+        image = images.position_of(annotation.get("image_id"))
         if image == -1:
             continue
-        problem = _annotation_problem(annotation, key, image, label_of)
+        problem = _annotation_problem(annotation, image, label_of)
         if problem:
-            problems.append(f"{_named(annotation, key, image, images)} {problem}")
+            problems.append(f"{_named(annotation, image, images)} {problem}")
             continue
         assert image is not None
-        height, width = images.sizes[image]
+        size = images.sizes[image]
         segmentation, rle = annotation["segmentation"], b""
         if isinstance(segmentation, dict):
             try:
-                rle = _checked_rle(segmentation, (height, width), _named(annotation, key, image, images))
+                rle = _checked_rle(segmentation, size, _named(annotation, image, images))
             except DatasetError as error:
                 problems.append(error.what)
                 continue
             segmentation = []
         where.append(image)
-        ids.append(key)
+        ids.append(annotation["id"])
         labels.append(label_of[annotation["category_id"]])
         numbers.extend(annotation["bbox"])
         numbers.append(annotation.get("area", math.nan))
@@ -306,34 +318,32 @@ def _check_annotations(
         polygon_counts.append(len(segmentation))
         for polygon in segmentation:
             point_counts.append(len(polygon))
-            points.extend(polygon)
+            points.extend(_clamped(polygon, size))
         rles.append(rle)
     if len(set(ids)) < len(ids):
-        seen: set[int] = set()
-        twice = [str(key) for key in ids if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+        twice = [str(key) for key, count in sorted(Counter(ids).items()) if count > 1]
         raise DatasetError(
             f"{source}: annotation ids occur twice: {some(twice)}", "give every annotation an id of its own"
         )
-    return _sorted_by_image(
-        np.array(where, dtype=np.int64),
-        len(images.ids),
-        np.array(images.sizes, dtype=np.float64).reshape(-1, 2),
-        ids=np.array(ids, dtype=np.int64),
-        labels=np.array(labels, dtype=np.int64),
-        numbers=np.array(numbers).reshape(-1, 5),
-        crowds=np.array(crowds, dtype=bool),
-        polygon_ends=_ends(polygon_counts),
-        point_ends=_ends(point_counts),
-        points=np.frombuffer(points, dtype=np.float64) if points else np.zeros(0),
-        rles=rles,
-    )
+    table = np.array(numbers).reshape(-1, 5)
+    return {
+        "annotation_ends": _ends(np.bincount(np.array(where, dtype=np.int64), minlength=len(images.ids))),
+        "ids": np.array(ids, dtype=np.int64),
+        "labels": np.array(labels, dtype=np.int64),
+        "boxes": table[:, :4],
+        "areas": table[:, 4],
+        "crowds": np.array(crowds, dtype=bool),
+        "polygon_ends": _ends(polygon_counts),
+        "point_ends": _ends(point_counts),
+        "points": np.array(points),
+        "rle_ends": _ends([len(rle) for rle in rles]),
+        "rles": np.frombuffer(b"".join(rles), dtype=np.uint8),
+    }
 
 
-def _annotation_problem(
-    annotation: Mapping[str, Any], key: Any, image: int | None, label_of: Mapping[int, int]
-) -> str | None:
+def _annotation_problem(annotation: Mapping[str, Any], image: int | None, label_of: Mapping[int, int]) -> str | None:
     """What is wrong with everything but an RLE's runs, or None."""
-    if not _whole(key):
+    if not _whole(annotation["id"]):
         return "has an id that is not a whole number"
     if image is None:
         return f"belongs to image {_short(annotation.get('image_id'))}, which is not in 'images'"
@@ -373,47 +383,13 @@ def _checked_rle(rle: dict[str, Any], size: tuple[int, int], name: str) -> bytes
     return coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
 
 
-def _sorted_by_image(
-    where: np.ndarray,
-    num_images: int,
-    sizes: np.ndarray,
-    *,
-    ids: np.ndarray,
-    labels: np.ndarray,
-    numbers: np.ndarray,
-    crowds: np.ndarray,
-    polygon_ends: np.ndarray,
-    point_ends: np.ndarray,
-    points: np.ndarray,
-    rles: list[bytes],
-) -> dict[str, np.ndarray]:
-    order = np.argsort(where, kind="stable")
-    polygon_order = _gather(polygon_ends, order)
-    polygon_image = np.repeat(where[order], np.diff(polygon_ends)[order])
-    point_counts = np.diff(point_ends)[polygon_order]
-    # Kept within one image size of the image: pycocotools walks along every edge pixel by pixel.
-    limit = np.repeat(sizes[polygon_image], point_counts, axis=0)
-    limit = np.where(np.arange(len(limit)) % 2 == 0, limit[:, 1], limit[:, 0])
-    points = points[_gather(point_ends, polygon_order)]
-    return {
-        "annotation_ends": _ends(np.bincount(where, minlength=num_images)),
-        "ids": ids[order],
-        "labels": labels[order],
-        "boxes": numbers[order, :4],
-        "areas": numbers[order, 4],
-        "crowds": crowds[order],
-        "polygon_ends": _ends(np.diff(polygon_ends)[order]),
-        "point_ends": _ends(point_counts),
-        "points": np.clip(points, -limit, 2 * limit),
-        "rle_ends": _ends([len(rles[i]) for i in order]),
-        "rles": np.frombuffer(b"".join([rles[i] for i in order]), dtype=np.uint8),
-    }
-
-
-def _gather(ends: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Where the items of the runs `ends` lie, one run after the other in `order`."""
-    counts = np.diff(ends)[order]
-    return np.arange(counts.sum()) + np.repeat(ends[:-1][order] - (_ends(counts)[:-1]), counts)
+def _clamped(polygon: Sequence[float], size: tuple[int, int]) -> Sequence[float]:
+    """The polygon within one image size of the image: pycocotools walks along every edge pixel by pixel."""
+    height, width = size
+    if -min(size) <= min(polygon) and max(polygon) <= 2 * min(size):
+        return polygon
+    limits = (width, height)
+    return [min(max(value, -limits[i % 2]), 2 * limits[i % 2]) for i, value in enumerate(polygon)]
 
 
 def _ends(counts: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -445,10 +421,11 @@ def _frames_as_images(content: dict[str, Any], source: str) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": content.get("categories")}
 
 
-def _named(annotation: Mapping[str, Any], key: Any, image: int | None, images: _Images) -> str:
+def _named(annotation: Mapping[str, Any], image: int | None, images: _Images) -> str:
+    key = _short(annotation["id"])
     if image is None:
-        return f"annotation {_short(key)}"
-    return f"annotation {_short(key)} (image {annotation['image_id']}, '{images.names[image]}')"
+        return f"annotation {key}"
+    return f"annotation {key} (image {annotation['image_id']}, '{images.names[image]}')"
 
 
 def _whole(value: Any) -> bool:
