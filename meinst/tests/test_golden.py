@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from meinst.codec import Encoding, MaskCodec, mean_iou, noisy_logits, pixel_confusion
 from meinst.config import R50
-from meinst.convert import convert_head, model_keys, tower_switches
+from meinst.convert import convert_head, model_keys, with_head
 from meinst.decode import decode, select
 from meinst.losses import compute_losses
 from meinst.model import MEInst, MEInstHead, RawOutput
@@ -180,11 +180,11 @@ def test_inference(golden, name):
     frames = _frames(case)
     for i in range(len(frames)):
         wanted = {key: case[f"{name}/img{i}/net/{key}"] for key in ("boxes", "scores", "classes", "masks28")}
-        found = select(raw, i, config)
-        soft = codec.decode(raw.codes[i, found.index])
-        pairs = _match(found.boxes, found.scores, found.labels, wanted, 1e-3)
+        kept, boxes = select(raw, i, config)
+        soft = codec.decode(raw.codes[i, kept.index])
+        pairs = _match(boxes, kept.scores, kept.labels, wanted, 1e-3)
         assert_close(soft[pairs], wanted["masks28"][:, 0], atol=1e-5, rtol=0)
-        assert torch.equal(raw.points[found.index][pairs], case[f"{name}/img{i}/net/locations"])
+        assert torch.equal(raw.points[kept.index][pairs], case[f"{name}/img{i}/net/locations"])
     _check_detections(decode(raw, frames, lambda i, index: raw.codes[i, index], codec, config), case, f"{name}/", 1e-3)
 
 
@@ -241,7 +241,7 @@ def _tiny_model(case, stride_in_1x1):
     """The stored model: our modules around tensors that are narrower than any trunk's name stands for."""
     state = {key.removeprefix("sd/"): value for key, value in case.items() if key.startswith("sd/")}
     head = {key.split("MEInst_head.")[1]: value for key, value in state.items() if "MEInst_head." in key}
-    config = replace(R50, **tower_switches(head), backbone=replace(R50.backbone, stride_in_1x1=stride_in_1x1))
+    config = with_head(replace(R50, backbone=replace(R50.backbone, stride_in_1x1=stride_in_1x1)), head)
     stored = {rename(key, model_keys(config)): value for key, value in state.items() if not key.startswith("pixel_")}
     model = MEInst(config)
     for key, value in model.state_dict(keep_vars=True).items():
@@ -262,7 +262,7 @@ def _tiny_model(case, stride_in_1x1):
 
 
 def _head(state):
-    config = replace(R50, **tower_switches(state))
+    config = with_head(R50, state)
     head = MEInstHead(config)
     head.load_state_dict(convert_head(state, config)[0])
     return head

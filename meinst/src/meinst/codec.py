@@ -1,4 +1,4 @@
-"""The mask encoding: a mask of m x m pixels as N numbers and back (Sec. 3.2, Eq. 1 and 2; spec section 3).
+"""The mask encoding: a mask of m x m pixels as N numbers and back (Sec. 3.2, Eq. 1 and 2).
 
 `MaskCodec` is what the network carries, `Encoding` the components that a fit leaves in a file. N here: codes, their
 length is `code_length`; D = m * m.
@@ -186,7 +186,7 @@ class Encoding:
         arrays = dict(zip(ARRAYS, (self.components, self.mean, self.variance, self.ratio), strict=True))
         if path.suffix == ".npz":
             with path.open("wb") as file:
-                np.savez(file, **{name: values.numpy() for name, values in arrays.items()})
+                np.savez(file, allow_pickle=False, **{name: values.numpy() for name, values in arrays.items()})
         else:
             whole = {name: values.contiguous() for name, values in arrays.items()}
             write_atomically(path, safetensors.torch.save(whole, {"meinst_encoding": json.dumps(self.facts)}))
@@ -201,14 +201,14 @@ class Encoding:
             return f"has {length} components, the model wants {codec.components.shape[-2]}"
         if sets != wanted_sets:
             return f"has {sets} sets of components, the model wants {wanted_sets}"
-        for name in ("noisy_logits",):
-            if name in self.facts and self.facts[name] != getattr(codec, name):
-                return f"was fitted with {name}={self.facts[name]}, the model has {getattr(codec, name)}"
+        noisy = self.facts.get("noisy_logits", codec.noisy_logits)
+        if noisy != codec.noisy_logits:
+            return f"was fitted with noisy_logits={noisy}, the model has {codec.noisy_logits}"
         return ""
 
 
 def noisy_logits(values: Tensor, noise: Tensor) -> Tensor:
-    """Logits of pixels moved off 0 and 1 by v = max(0.05 u, 0.01) (spec section 3.2).
+    """Logits of pixels moved off 0 and 1 by v = max(0.05 u, 0.01).
 
     Args:
         values: [...] 0 or 1.

@@ -1,17 +1,43 @@
 """MEInst's switches as one frozen value, and every named configuration the paper and its code use.
 
-Where paper and released code differ the code is followed (spec section 9), and a switch has the paper's form.
+Where paper and released code differ the code is followed, and a switch has the paper's form.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onestage.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, InputConfig, ScheduleConfig
 
+R50_TRUNK = BackboneConfig(stride_in_1x1=True)
+# MSRA's trunks want BGR of 0..255 without division, FAIR's ResNeXt divides.
+BGR_INPUT = InputConfig(
+    antialias=True, frame_scale="sizes", channel_order="bgr", mean=IMAGENET_MEAN[::-1], std=(1.0, 1.0, 1.0)
+)
+RESNEXT_INPUT = replace(BGR_INPUT, std=IMAGENET_STD[::-1])
+SIZES_3X = tuple((short, 1333) for short in (640, 672, 704, 736, 768, 800))
+SIZES_512 = tuple((short, 1333) for short in (384, 416, 448, 480, 512, 544))
+
+SCHEDULE_1X = ScheduleConfig(
+    unit="steps",
+    length=90_000,
+    milestones=(60_000, 80_000),
+    warmup="constant",
+    norm_decay=False,
+    drop_empty=True,
+)
+SCHEDULE_3X = replace(
+    SCHEDULE_1X,
+    length=270_000,
+    milestones=(180_000, 240_000),
+    warmup="linear",
+    warmup_steps=1000,
+    warmup_factor=0.001,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """From raw outputs to detections (spec section 6)."""
+    """From raw outputs to detections (docs/methods/meinst.md)."""
 
     candidates_per_level: int = 1000  # best (location, class) pairs of each level
     score_threshold: float = 0.05  # on the class score
@@ -19,6 +45,9 @@ class InferenceConfig:
     iou_threshold: float = 0.6
     max_detections: int = 100  # more where several score as the last one
     mask_threshold: float = 0.5
+
+
+RELEASED_INFERENCE = InferenceConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +78,10 @@ class MEInstConfig:
     level_limits: tuple[int, int, int, int] = (64, 128, 256, 512)  # largest distance P3 to P6 answer for, px
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
-    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(stride_in_1x1=True))
-    input: InputConfig = field(default_factory=lambda: BGR_INPUT)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    schedule: ScheduleConfig = field(default_factory=lambda: SCHEDULE_1X)
+    backbone: BackboneConfig = R50_TRUNK
+    input: InputConfig = BGR_INPUT
+    inference: InferenceConfig = RELEASED_INFERENCE
+    schedule: ScheduleConfig = SCHEDULE_1X
 
     @property
     def num_codes(self) -> int:
@@ -65,30 +94,6 @@ class MEInstConfig:
         return tuple(zip((-1.0, *self.level_limits), (*self.level_limits, 1e8), strict=True))
 
 
-# MSRA's trunks want BGR of 0..255 without division, FAIR's ResNeXt divides (spec section 2.1).
-BGR_INPUT = InputConfig(
-    antialias=True, frame_scale="sizes", channel_order="bgr", mean=IMAGENET_MEAN[::-1], std=(1.0, 1.0, 1.0)
-)
-RESNEXT_INPUT = replace(BGR_INPUT, std=IMAGENET_STD[::-1])
-SIZES_3X = tuple((short, 1333) for short in (640, 672, 704, 736, 768, 800))
-SIZES_512 = tuple((short, 1333) for short in (384, 416, 448, 480, 512, 544))
-
-SCHEDULE_1X = ScheduleConfig(
-    unit="steps",
-    length=90_000,
-    milestones=(60_000, 80_000),
-    warmup="constant",
-    norm_decay=False,
-    drop_empty=True,
-)
-SCHEDULE_3X = replace(
-    SCHEDULE_1X,
-    length=270_000,
-    milestones=(180_000, 240_000),
-    warmup="linear",
-    warmup_steps=1000,
-    warmup_factor=0.001,
-)
 R101_TRUNK = BackboneConfig(name="resnet101", stride_in_1x1=True)
 X101_TRUNK = BackboneConfig(name="resnext101_32x8d")
 

@@ -1,4 +1,4 @@
-"""Official MEInst checkpoints to ours: their key layout (spec section 8), every tensor accounted for.
+"""Official MEInst checkpoints to ours: every tensor accounted for.
 
 `python -m meinst.convert --from FILE --to FILE` is the command.
 """
@@ -122,20 +122,17 @@ def config_of(state: dict[str, Tensor]) -> MEInstConfig:
             f"pass a file of the authors' models (keys {_HEAD}cls_logits.weight)",
         )
     components = state["proposal_generator.mask_encoding.components"]
-    config = replace(
-        X101 if state["backbone.bottom_up.res2.0.conv2.weight"].shape[1] == 8 else R50,
-        **tower_switches({key.removeprefix(_HEAD): value for key, value in state.items() if key.startswith(_HEAD)}),
-        code_length=components.shape[0],
-        mask_size=round(components.shape[1] ** 0.5),
-    )
+    head = {key.removeprefix(_HEAD): value for key, value in state.items() if key.startswith(_HEAD)}
+    trunk = X101 if state["backbone.bottom_up.res2.0.conv2.weight"].shape[1] == 8 else R50
+    config = replace(with_head(trunk, head), mask_size=round(components.shape[1] ** 0.5))
     blocks = [int(m[1]) for m in (re.match(r"backbone\.bottom_up\.res4\.(\d+)\.", key) for key in state) if m]
     if max(blocks) == 22 and config.backbone.name == "resnet50":
         config = replace(config, backbone=replace(config.backbone, name="resnet101"))
     return config
 
 
-def tower_switches(head: dict[str, Tensor]) -> dict[str, object]:
-    """The config's fields that the tensors of an official head, without prefix, decide."""
+def with_head(config: MEInstConfig, head: dict[str, Tensor]) -> MEInstConfig:
+    """`config` with the head that official tensors, without prefix, belong to."""
     norm = any(re.fullmatch(r"cls_tower\.\d+\.weight", key) and value.ndim == 1 for key, value in head.items())
     unit = 3 if norm else 2
 
@@ -146,18 +143,19 @@ def tower_switches(head: dict[str, Tensor]) -> dict[str, object]:
     offsets = convs(r"cls_tower\.(\d+)\.offset\.weight")
     offset_channels = {len(value) for key, value in head.items() if key.endswith("offset.bias")}
     large = head.get("mask_pred.conv_l1.conv.weight")
-    return {
-        "num_classes": len(head["cls_logits.weight"]),
-        "width": head["cls_logits.weight"].shape[1],
-        "tower_depth": depth,
-        "shared_depth": len(convs(r"share_tower\.(\d+)\.(?:conv\.)?weight")),
-        "norm": "gn" if norm else "none",
-        "scales": "scales.0.scale" in head,
-        "deformable": "none" if not offsets else "all" if len(offsets) == depth > 1 else "last",
-        "modulated": offset_channels == {27},
-        "large_kernel": 0 if large is None else large.shape[2],
-        "code_length": len(head["mask_pred.weight"]) if large is None else len(large),
-    }
+    return replace(
+        config,
+        num_classes=len(head["cls_logits.weight"]),
+        width=head["cls_logits.weight"].shape[1],
+        tower_depth=depth,
+        shared_depth=len(convs(r"share_tower\.(\d+)\.(?:conv\.)?weight")),
+        norm="gn" if norm else "none",
+        scales="scales.0.scale" in head,
+        deformable="none" if not offsets else "all" if len(offsets) == depth > 1 else "last",
+        modulated=offset_channels == {27},
+        large_kernel=0 if large is None else large.shape[2],
+        code_length=len(head["mask_pred.weight"] if large is None else large),
+    )
 
 
 if __name__ == "__main__":

@@ -8,24 +8,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor
+from torch import Tensor, nn
 
 from meinst.codec import Encoding, MaskCodec, mean_iou, noisy_logits, pixel_confusion
 from meinst.config import MEInstConfig
+from meinst.model import MEInst
 from meinst.pca import BATCH, Batches, IncrementalPCA
 from meinst.targets import bitmap_mask, box_masks, polygon_mask
 from onestage.data.coco import CocoDataset
 from onestage.data.validate import Annotations
 from onestage.errors import DatasetError
 from onestage.structures import usable
-
-if TYPE_CHECKING:
-    from meinst.model import MEInst
 
 LOG = logging.getLogger("onestage")
 
@@ -80,7 +78,7 @@ def fit(
 def reconstruct(
     masks: Iterator[Chunk], encodings: Sequence[Encoding], config: MEInstConfig, *, seed: int = 1
 ) -> list[float]:
-    """Mean IoU of background and foreground after encoding and decoding, for each encoding (spec section 3.6).
+    """Mean IoU of background and foreground after encoding and decoding, for each encoding.
 
     Args:
         masks: Any masks.
@@ -142,8 +140,9 @@ def dataset_masks(dataset: Any, size: int) -> Iterator[Chunk]:
             yield box_masks(target, size), target.labels
 
 
-def prepare_codec(model: MEInst, train_set: Any) -> None:
+def prepare_codec(model: nn.Module, train_set: Any) -> None:
     """Gives a new model its encoding: the file that its config names, or a fit on its training masks."""
+    assert isinstance(model, MEInst)
     if not isinstance(model.codec, MaskCodec):
         return
     config = model.config
@@ -189,10 +188,14 @@ def _encoding(length: int, sets: Sequence[_Fit], facts: dict[str, Any]) -> Encod
     whole = sets[0].of(length)
     fitted = [part.of(length) for part in sets[1:]] or [whole]
     fitted = [pca if pca.count else whole for pca in fitted]
-    arrays = (
-        [pca.components for pca in fitted],
-        [pca.mean for pca in fitted],
-        [pca.explained_variance for pca in fitted],
-        [pca.ratio for pca in fitted],
+    return Encoding(
+        _stacked([pca.components for pca in fitted]),
+        _stacked([pca.mean for pca in fitted]),
+        _stacked([pca.explained_variance for pca in fitted]),
+        _stacked([pca.ratio for pca in fitted]),
+        facts,
     )
-    return Encoding(*(torch.from_numpy(np.stack(values)).float() for values in arrays), facts=facts)
+
+
+def _stacked(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays)).float()

@@ -14,9 +14,10 @@ from onestage.cli.flags import Switch, Talk, parse_flags
 from onestage.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from meinst.codec import Encoding
+    from meinst.fit import Chunk
     from onestage.data.validate import Annotations
 
 
@@ -41,12 +42,12 @@ class FitEncoding(Talk):
 def run(words: list[str]) -> int:
     """Runs the verb with the words after it; returns the exit code."""
     flags = parse_flags(FitEncoding, words, "python -m meinst.fit_encoding")
-    _check(flags)
+    source = _checked(flags)
     # The imports are here because these modules load torch.
     from meinst.config import MEInstConfig
     from meinst.fit import annotation_masks, fit, reconstruct
 
-    annotations = _read(flags.annotations)
+    annotations = _read(source)
     measured = annotations if flags.evaluate is None else _read(flags.evaluate)
     config = replace(
         MEInstConfig(),
@@ -65,7 +66,7 @@ def run(words: list[str]) -> int:
     encoding = encodings[flags.length]
     rows = [_row(length, encodings[length], iou) for length, iou in zip(lengths, ious, strict=True)]
     error = next(row["error"] for row in rows if row["length"] == flags.length)
-    facts = encoding.facts | {"annotations": flags.annotations.name, "reconstruction_error": error}
+    facts = encoding.facts | {"annotations": source.name, "reconstruction_error": error}
     output = _output(flags)
     replace(encoding, facts=facts).write(output)
     if not flags.quiet:
@@ -80,7 +81,8 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _check(flags: FitEncoding) -> None:
+def _checked(flags: FitEncoding) -> Path:
+    """The annotations, if every flag can be used."""
     if flags.annotations is None:
         raise UsageError("no annotations given", "python -m meinst.fit_encoding FOLDER, or a COCO .json or .json.gz")
     for length in (flags.length, *flags.lengths):
@@ -94,6 +96,7 @@ def _check(flags: FitEncoding) -> None:
     output = _output(flags)
     if output.exists() and not flags.overwrite:
         raise UsageError(f"'{output}' exists", "add --overwrite, or name another file with --output")
+    return flags.annotations
 
 
 def _output(flags: FitEncoding) -> Path:
@@ -107,7 +110,7 @@ def _read(path: Path) -> Annotations:
     return read_annotations(locate(path, "train").json if path.is_dir() else path)
 
 
-def _shown(chunks: Iterator[Any], annotations: Annotations, what: str, flags: FitEncoding) -> Iterable[Any]:
+def _shown(chunks: Iterator[Chunk], annotations: Annotations, what: str, flags: FitEncoding) -> Iterator[Chunk]:
     """The same chunks with a bar on stderr that counts masks."""
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""MEInst's training losses (Sec. 3.3; spec section 5), one function a term. All weights are 1."""
+"""MEInst's training losses (Sec. 3.3), one function a term. All weights are 1."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from meinst.config import VARIANTS, MEInstConfig
 from onestage.method import Method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from meinst.model import MEInst
 
@@ -29,7 +29,7 @@ def infer_config(state: "dict[str, Tensor]") -> MEInstConfig:
     return config_of(state)
 
 
-def prepare(model: "MEInst", train_set: Any) -> None:
+def prepare(model: "nn.Module", train_set: Any) -> None:
     from meinst.fit import prepare_codec
 
     prepare_codec(model, train_set)
@@ -53,5 +53,6 @@ METHOD = Method(
     convert=convert,
     infer_config=infer_config,
     prepare=prepare,
+    polygons=True,
     extra_verbs={"fit_encoding": fit_encoding},
 )

@@ -2,7 +2,7 @@
 
 Figure 2: `MEInst` is the whole, `MEInstHead` its three branches, `MaskCodec` (codec.py) the encoding of Sec. 3.2, whose
 components are fitted beforehand and never trained. Where the paper differs from the released code, the code is
-followed (spec section 9): a mask tower of its own, centerness on the box tower, noisy logits, whitened codes.
+followed: a mask tower of its own, centerness on the box tower, noisy logits, whitened codes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from meinst.codec import MaskCodec, PixelCodec
 from meinst.config import MEInstConfig
-from meinst.decode import decode
+from meinst.decode import MaskForm, decode
 from meinst.losses import compute_losses
 from meinst.targets import assign_targets
+from onestage.errors import UsageError
 from onestage.nn import fcos
 from onestage.nn.deform import SelfOffsetConv2d
 from onestage.nn.fpn import FPN
@@ -34,7 +35,11 @@ from onestage.nn.towers import (
 from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import prepare_batch
 
-MASKS_OF = {"prob": "soft", "lowres": "lowres", "none": "none"}  # public mask_output to decode's forms
+MASKS_OF: dict[str, MaskForm] = {
+    "prob": "soft",
+    "lowres": "lowres",
+    "none": "none",
+}  # public mask_output to decode's forms
 
 
 class RawOutput(NamedTuple):
@@ -76,27 +81,32 @@ class MEInst(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self.detect(images, MASKS_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
+        if targets is None:
+            raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True)
         raw = self.raw_outputs(batch.pixels)
-        return compute_losses(raw, assign_targets(batch.targets, raw, self.config), self.codec, self.config)
+        return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.codec, self.config)
 
     @torch.no_grad()
-    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
-        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
-        return self._detect(images, "binary" if masks else "none")
+    def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
+        """Detections with `Masks` in box windows. Call in eval mode.
+
+        Args:
+            images: As for the model.
+            masks: False leaves them out; a name is one of `decode`'s forms.
+        """
+        form: MaskForm = masks if isinstance(masks, str) else "binary" if masks else "none"
+        batch = prepare_batch(images, None, self.config.input, training=False)
+        raw = self.raw_outputs(batch.pixels)
+        return decode(raw, batch.frames, partial(self.head.codes_at, raw), self.codec, self.config, form)
 
     def raw_outputs(self, pixels: Tensor) -> RawOutput:
         """Network outputs for normalised, padded pixels [B, 3, H, W]."""
         _, *features = self.backbone(pixels)
         return self.head(self.fpn(features))
-
-    def _detect(self, images: list[Tensor], masks: str) -> list[Detections]:
-        batch = prepare_batch(images, None, self.config.input, training=False)
-        raw = self.raw_outputs(batch.pixels)
-        return decode(raw, batch.frames, partial(self.head.codes_at, raw), self.codec, self.config, masks)
 
 
 class MEInstHead(nn.Module):
@@ -152,9 +162,9 @@ class MEInstHead(nn.Module):
 
     def _initialise(self) -> None:
         init_normal(self)
-        nn.init.constant_(self.logits.bias, prior_bias(0.01))
+        nn.init.constant_(self.logits.bias, prior_bias(0.01))  # type: ignore[arg-type]
         for part in self.modules():
-            if isinstance(part, SelfOffsetConv2d):  # its offsets are drawn like plain convs, not zero (spec 2.3)
+            if isinstance(part, SelfOffsetConv2d):  # its offsets are drawn like plain convs, not zero
                 nn.init.kaiming_uniform_(part.weight, nonlinearity="relu")
 
 
@@ -163,13 +173,14 @@ class LargeKernelConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
-        tall = {"kernel_size": (kernel_size, 1), "padding": (kernel_size // 2, 0)}
-        wide = {"kernel_size": (1, kernel_size), "padding": (0, kernel_size // 2)}
+        k, p = kernel_size, kernel_size // 2
         self.left = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, **tall), nn.Conv2d(out_channels, out_channels, **wide)
+            nn.Conv2d(in_channels, out_channels, (k, 1), padding=(p, 0)),
+            nn.Conv2d(out_channels, out_channels, (1, k), padding=(0, p)),
         )
         self.right = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, **wide), nn.Conv2d(out_channels, out_channels, **tall)
+            nn.Conv2d(in_channels, out_channels, (1, k), padding=(0, p)),
+            nn.Conv2d(out_channels, out_channels, (k, 1), padding=(p, 0)),
         )
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Incremental PCA (Ross et al. 2008): components of data of any size, seen batch by batch, in bounded memory.
 
-The released encodings were fitted this way; the numbers agree with theirs for the same batches (spec section 3.4).
+The released encodings were fitted this way; the numbers agree with theirs for the same batches.
 """
 
 import numpy as np

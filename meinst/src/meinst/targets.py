@@ -1,4 +1,4 @@
-"""Which ground truth each location answers for, and its mask in the grid of its box (spec sections 3.1 and 4)."""
+"""Which ground truth each location answers for, and its mask in the grid of its box."""
 
 from __future__ import annotations
 
