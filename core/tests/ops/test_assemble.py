@@ -285,3 +285,29 @@ def test_golden_prototype_masks_with_margin(golden):
         torch.testing.assert_close(soft, found["soft_proto_res"], rtol=0, atol=1e-5)
         masks = assemble_masks(basis, coefficients, windows, output_size=(height, width))
         assert differing(masks, found["masks"] > 0) <= 1e-4 * found["masks"].numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["prob", "logits"])
+def test_cuda_tensors_give_the_masks_of_the_cpu(order):
+    generator = torch.Generator().manual_seed(9)
+    basis, boxes = torch.randn(8, 20, 24, generator=generator), coco_like_boxes(20, (80, 96), generator)
+    grid = (2, 2) if order == "prob" else (1, 1)
+    coefficients = torch.randn(20, 8 * grid[0] * grid[1], generator=generator)
+    masks = [
+        assemble_masks(
+            basis.to(where),
+            coefficients.to(where),
+            crop_window(boxes.to(where), (80, 96)),
+            boxes=boxes.to(where),
+            grid=grid,
+            upsample=4,
+            order=order,
+            output_size=(120, 150),
+        )
+        for where in ("cpu", "cuda")
+    ]
+    assert masks[1].device.type == "cuda"
+    assert torch.equal(masks[1].windows.cpu(), masks[0].windows)
+    assert (masks[1].to_bool().cpu() != masks[0].to_bool()).sum() <= 2
+    assert len(masks[1].to_rle()) == 20

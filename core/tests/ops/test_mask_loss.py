@@ -124,3 +124,14 @@ def test_golden_gradients_of_the_assembly(golden):
     dense_mask_loss(*dense, boxes, masks, index, grid=(2, 2)).sum().backward()
     for ours, theirs in zip(inputs, dense, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_give_the_losses_and_gradients_of_the_cpu():
+    results = []
+    for where in ("cpu", "cuda"):
+        basis, coefficients, boxes, masks, index = (value.to(where) for value in problem((2, 2)))
+        losses = window_mask_loss(basis, coefficients, boxes, masks, index, grid=(2, 2))
+        gradients = torch.autograd.grad(losses.sum(), (basis, coefficients))
+        results.append([value.cpu() for value in (losses, *gradients)])
+    torch.testing.assert_close(results[0], results[1])

@@ -63,3 +63,11 @@ def test_golden_pasted_masks(golden):
             pasted = torch.from_numpy(packed).view(-1, *size).bool()
             assert len(pasted) == len(masks)
             assert (masks.to_bool() != pasted).sum() <= 1e-3 * pasted.sum()
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_give_the_masks_of_the_cpu():
+    generator = torch.Generator().manual_seed(2)
+    maps, boxes = torch.rand(20, 28, 28, generator=generator), coco_like_boxes(20, (90, 110), generator)
+    on_cpu, on_gpu = (paste_masks(maps.to(where), boxes.to(where), (90, 110)) for where in ("cpu", "cuda"))
+    assert (on_gpu.to_bool().cpu() != on_cpu.to_bool()).sum() <= 2

@@ -2,7 +2,7 @@
 
 Grids: *basis* [h, w]; *assembly* = basis x `upsample` (bilinear, half-pixel); *image*. Axes are independent in all of
 it, so each axis gets a plan (which rows of which grid, which weights) and a detection never leaves its window.
-Measurements and identities: docs of the mask stage; SipMask Sec. 3.3, YOLACT Sec. 3.2, RDSNet Sec. 3.2.
+Upsampling is linear, so the dot product comes first, on the basis grid, and one map is upsampled instead of D.
 """
 
 from __future__ import annotations
