@@ -185,6 +185,14 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, content, why):
     assert "\n" not in error.value.what
 
 
+@pytest.mark.parametrize("damage", [slice(30), slice(0, 0), slice(5, None)])
+def test_a_damaged_gzip_file_says_so(tmp_path, damage):
+    path = tmp_path / "data.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(CONTENT).encode())[damage])
+    with pytest.raises(DatasetError, match="cannot be read|is empty"):
+        read_annotations(path)
+
+
 def test_a_missing_file_says_so(tmp_path):
     with pytest.raises(DatasetError, match="does not exist"):
         read_annotations(tmp_path / "none.json")

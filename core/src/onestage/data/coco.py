@@ -272,7 +272,7 @@ def read_image(path: Path, *, max_pixels: float = MAX_PIXELS, size: tuple[int, i
                 raise DatasetError(
                     f"image '{path}' has {image.width} x {image.height} px; the limit is {max_pixels / 1e6:g} "
                     "megapixels",
-                    "make it smaller, or raise --max-pixels",
+                    "make it smaller" + (", or raise --max-pixels" if size is None else ""),
                 )
             upright = image if size == (image.height, image.width) else ImageOps.exif_transpose(image)
             if size not in (None, (upright.height, upright.width)):

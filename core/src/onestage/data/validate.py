@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import re
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -148,7 +149,7 @@ def read_json(path: Path, **options: Any) -> Any:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise DatasetError(f"file '{path}' does not exist", "check the path") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DatasetError(f"file '{path}' cannot be read: {reason}", "check the path and the file") from None
     start = raw[:200].lstrip()
