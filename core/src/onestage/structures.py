@@ -118,18 +118,20 @@ class Target:
 
 
 def training_targets(
-    targets: Sequence[Target | dict[str, Any]], images: Sequence[Tensor], num_classes: int
+    targets: Sequence[Target | dict[str, Any]] | None, images: Sequence[Tensor], num_classes: int
 ) -> list[Target]:
     """What a training step sees: public dicts checked and completed, then the `usable` instances alone.
 
     Args:
-        targets: One per image, in image pixels.
+        targets: One per image, in image pixels; None is what a caller forgot.
         images: [3, H, W] each; only their sizes are read.
         num_classes: K.
 
     Raises:
-        UsageError: a target that cannot be meant (`Target.from_dict`).
+        UsageError: no targets, or one that cannot be meant (`Target.from_dict`).
     """
+    if targets is None:
+        raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
     return [
         usable(t if isinstance(t, Target) else Target.from_dict(t, (image.shape[1], image.shape[2]), num_classes))
         for t, image in zip(targets, images, strict=True)
