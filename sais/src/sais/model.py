@@ -66,17 +66,12 @@ class SAIS(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self.detect(images, MASKS_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
-        truth = training_targets(targets or [], images, self.config.num_classes)
+        truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True)
         raw = self.raw_outputs(batch.pixels)
         return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.config)
-
-    @torch.no_grad()
-    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
-        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
-        return self._detect(images, "binary" if masks else "none")
 
     def raw_outputs(self, pixels: Tensor) -> RawOutput:
         """Network outputs for normalised, padded pixels [B, 3, H, W]."""
@@ -85,10 +80,18 @@ class SAIS(nn.Module):
         raw = self.head(levels)
         return raw if self.protonet is None else raw._replace(prototypes=self.protonet(levels[0]))
 
-    def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
+    @torch.no_grad()
+    def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
+        """Detections with `Masks` in box windows; never a dense mask unless its form is asked for. Call in eval mode.
+
+        Args:
+            images: As for the model.
+            masks: False leaves them out; a name is one of `decode`'s forms.
+        """
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
-        return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, masks)
+        form: MaskForm = masks if isinstance(masks, str) else "binary" if masks else "none"
+        return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, form)
 
 
 class SAISHead(nn.Module):
