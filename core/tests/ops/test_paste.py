@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from onestage.ops.paste import paste_masks
+from onestage.ops.paste import paste_masks, paste_soft
 from onestage.testing import coco_like_boxes, dense_paste
 
 
@@ -71,3 +71,10 @@ def test_cuda_tensors_give_the_masks_of_the_cpu():
     maps, boxes = torch.rand(20, 28, 28, generator=generator), coco_like_boxes(20, (90, 110), generator)
     on_cpu, on_gpu = (paste_masks(maps.to(where), boxes.to(where), (90, 110)) for where in ("cpu", "cuda"))
     assert (on_gpu.to_bool().cpu() != on_cpu.to_bool()).sum() <= 2
+
+
+def test_soft_pasting_equals_dense_sampling():
+    generator = torch.Generator().manual_seed(4)
+    boxes = torch.cat((coco_like_boxes(10, (40, 50), generator), torch.tensor([[-9.0, -9.0, 30.0, 60.0]])))
+    maps = torch.rand(11, 28, 28, generator=generator)
+    torch.testing.assert_close(paste_soft(maps, boxes, (40, 50)), dense_paste(maps, boxes, (40, 50)), rtol=0, atol=1e-5)
