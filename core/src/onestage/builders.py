@@ -13,6 +13,7 @@ from onestage.engine.checkpoint import load_into, load_weights
 from onestage.errors import UsageError
 from onestage.method import Method
 from onestage.nn.imagenet import load_imagenet
+from onestage.nn.resnet import ResNet
 
 
 def build_model(
@@ -61,7 +62,9 @@ def build_model(
     if state is not None and info is not None:
         load_into(model, state, info, head=head)
     elif weights_backbone is not None:
-        load_imagenet(model.backbone, weights_backbone)
+        trunk = model.backbone
+        assert isinstance(trunk, ResNet)
+        load_imagenet(trunk, weights_backbone)
     return model.eval()
 
 
