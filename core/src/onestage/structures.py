@@ -162,6 +162,7 @@ class Detections:
         mask_scores: [N] float32 for methods that score masks apart from boxes, else None.
         soft_masks: [N, h, w] float32 probabilities at image size or at the method's own resolution, where the model
             was asked for them, else None.
+        unrefined_boxes: [N, 4] like `boxes`, as they were before a method moved their sides, else None.
     """
 
     image_size: tuple[int, int]
@@ -171,6 +172,7 @@ class Detections:
     masks: Masks | None = None
     mask_scores: Tensor | None = None
     soft_masks: Tensor | None = None
+    unrefined_boxes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -198,6 +200,8 @@ class Detections:
         public: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.mask_scores is not None:
             public["mask_scores"] = self.mask_scores
+        if self.unrefined_boxes is not None:
+            public["unrefined_boxes"] = self.unrefined_boxes
         if mask_output in ("prob", "lowres"):
             assert self.soft_masks is not None, "the model left soft masks out"
             public["masks"] = self.soft_masks[:, None]
@@ -220,7 +224,7 @@ class Detections:
             )
 
     def _map(self, change: Callable[[Any], Any]) -> Detections:
-        optional = (self.masks, self.mask_scores, self.soft_masks)
+        optional = (self.masks, self.mask_scores, self.soft_masks, self.unrefined_boxes)
         return Detections(
             self.image_size,
             change(self.boxes),

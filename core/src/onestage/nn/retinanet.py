@@ -1,4 +1,4 @@
-"""What detectors with anchors share (RetinaNet, Lin et al. 2017): anchors, matching, box coding.
+"""What detectors with anchors share (RetinaNet, Lin et al. 2017): anchors, matching, box coding, head, losses.
 
 Anchors are one flat list: level by level, row by row, anchor by anchor; inside a cell the ratio is the outer index
 and the scale the inner one. A: anchors of all levels, G: ground truths.
@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from onestage.boxes import iou_matrix
+from onestage.nn.losses import sigmoid_focal
+from onestage.nn.towers import TowerNorm, conv_tower, flatten_levels, init_normal, prior_bias
+from onestage.structures import Target
 
+STRIDES = (8, 16, 32, 64, 128)  # of P3..P7, input pixels per cell
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of the level's base size
 BASE_SIZE = 4.0  # base size of a level in its strides
@@ -24,6 +29,47 @@ MAX_LOG_RATIO = math.log(1000 / 16)  # of decoded to anchor side: exp must not o
 
 # Ground truths matched at once: [A, 16] IoUs of 200 000 anchors are 13 MB.
 MATCH_CHUNK = 16
+
+
+class RetinaNetHead(nn.Module):
+    """Class and box outputs of two conv towers, shared by the levels.
+
+    Args:
+        num_classes: K.
+        width: Channels of the pyramid and of the towers.
+        depth: Convs of each tower.
+        norm: Of the towers; their convs have biases only without.
+        num_anchors: Anchors per cell.
+    """
+
+    def __init__(self, num_classes: int, width: int, depth: int, *, norm: TowerNorm = "none", num_anchors: int = 9):
+        super().__init__()
+        self.num_classes = num_classes
+        self.cls_tower = conv_tower(width, width, depth, norm=norm, bias=norm == "none")
+        self.box_tower = conv_tower(width, width, depth, norm=norm, bias=norm == "none")
+        self.logits = nn.Conv2d(width, num_anchors * num_classes, 3, padding=1)
+        self.deltas = nn.Conv2d(width, num_anchors * 4, 3, padding=1)
+        init_normal(self)
+        nn.init.constant_(self.logits.bias, prior_bias())  # type: ignore[arg-type]
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pyramid levels [B, width, h, w] to class logits [B, A, K] and deltas [B, A, 4] as `encode` makes them."""
+        logits = [self.logits(self.cls_tower(level)) for level in levels]
+        deltas = [self.deltas(self.box_tower(level)) for level in levels]
+        return flatten_levels(logits, self.num_classes), flatten_levels(deltas, 4)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which ground truth each of A anchors answers for in B images.
+
+    Args:
+        index: [B, A] int64, 0..G-1 of the image, NEGATIVE or IGNORED.
+        labels: [B, A] int64, class 0..K-1, NEGATIVE or IGNORED.
+    """
+
+    index: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -142,6 +188,73 @@ def match(
     if valid is not None:
         index = torch.where(valid, index, IGNORED)
     return Matches(index, best, iou)
+
+
+def match_batch(
+    anchors: Tensor,
+    targets: Sequence[Target],
+    *,
+    valid: Sequence[Tensor] | None = None,
+    negative_iou: float = 0.4,
+    positive_iou: float = 0.5,
+    force_match: bool = False,
+    legacy: bool = False,
+) -> Assignment:
+    """`match` for each of B images, `targets` in input pixels, `valid` [A] bool each; the rest as there."""
+    index, labels = [], []
+    for i, target in enumerate(targets):
+        matched = match(
+            anchors,
+            target.boxes,
+            negative_iou=negative_iou,
+            positive_iou=positive_iou,
+            force_match=force_match,
+            legacy=legacy,
+            valid=None if valid is None else valid[i],
+        ).index
+        classes = torch.cat((target.labels, target.labels.new_zeros(1)))  # for images without any
+        index.append(matched)
+        labels.append(torch.where(matched >= 0, classes[matched.clamp(min=0)], matched))
+    return Assignment(torch.stack(index), torch.stack(labels))
+
+
+def detection_losses(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    assignment: Assignment,
+    boxes: Sequence[Tensor],
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    beta: float = 1 / 9,
+    legacy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Class and box loss summed over a batch; recipes divide them by different numbers.
+
+    Args:
+        logits: [B, A, K].
+        deltas: [B, A, 4].
+        anchors: [A, 4] xyxy, input pixels.
+        assignment: What the anchors answer for; ignored ones count in neither.
+        boxes: B tensors [G, 4] xyxy, input pixels.
+        alpha: Of the focal loss.
+        gamma: Of the focal loss.
+        beta: Where smooth L1 becomes linear.
+        legacy: Widths are x2 - x1 + 1.
+
+    Returns:
+        Focal loss over anchors and classes, smooth L1 over positives and coordinates; each connected to its outputs
+        even where the batch has no positive.
+    """
+    counted = assignment.labels != IGNORED
+    class_loss = sigmoid_focal(logits[counted], assignment.labels[counted], alpha, gamma)
+    box_loss = 0 * deltas.sum()
+    for i, index in enumerate(assignment.index):
+        positive = (index >= 0).nonzero().flatten()
+        wanted = encode(anchors[positive], boxes[i][index[positive]], legacy)
+        box_loss = box_loss + F.smooth_l1_loss(deltas[i, positive].float(), wanted, reduction="sum", beta=beta)
+    return class_loss, box_loss
 
 
 def encode(anchors: Tensor, boxes: Tensor, legacy: bool = False) -> Tensor:

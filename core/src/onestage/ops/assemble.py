@@ -139,8 +139,14 @@ def assemble_masks_torch(
     resized_size: Size | None = None,
     output_size: Size,
     align_corners: bool = False,
+    maxima: tuple[Tensor, Tensor] | None = None,
 ) -> Masks:
-    """Plain-torch twin of `assemble_masks`: defines the result, runs anywhere."""
+    """Plain-torch twin of `assemble_masks`: defines the result, runs anywhere.
+
+    Args:
+        maxima: [N, W] and [N, H] float32 at output size, holding -inf: inside each window they are raised to the
+            largest resized value of every column and row, a logit or a probability as `order` says.
+    """
     if order == "logits":
         if grid != (1, 1):
             raise ValueError("order 'logits' has no sub-regions")
@@ -178,7 +184,11 @@ def assemble_masks_torch(
         chunk = max(1, CHUNK // columns.shape[1])
         for first in range(0, mask.shape[0], chunk):
             some = slice(first, first + chunk)
-            _compare(x_image.apply(n, columns, some), threshold, mask[some])
+            resized = x_image.apply(n, columns, some)
+            _compare(resized, threshold, mask[some])
+            if maxima is not None:
+                _raise_maxima(maxima[0][n, int(x_image.start[n]) + first :], resized.amax(1))
+                _raise_maxima(maxima[1][n, int(y_image.start[n]) :], resized.amax(0))
     return Masks(output_size, image_windows, pixels)
 
 
@@ -360,6 +370,12 @@ def _window_logits(
             yield (maps[y0:y1].view(-1, depth) @ weights[n, 0]).view(y1 - y0, width)[:, x0:x1].contiguous()
         else:
             yield (maps[y0:y1, x0:x1].reshape(-1, depth) @ weights[n, 0]).view(y1 - y0, x1 - x0)
+
+
+def _raise_maxima(maxima: Tensor, values: Tensor) -> None:
+    """Raises the first entries of a vector to `values`."""
+    part = maxima[: len(values)]
+    torch.maximum(part, values, out=part)
 
 
 def _compare(values: Tensor, threshold: float, out: Tensor) -> None:

@@ -54,8 +54,39 @@ def window_mask_loss(
     weights = coefficients.to(kind).reshape(len(boxes) * num_regions, len(basis))
     with torch.autocast(basis.device.type, enabled=False):
         owner = mask_index.repeat_interleave(num_regions)
-        losses: Tensor = _WindowLoss.apply(basis.to(kind), weights, windows, masks, owner, num_regions)
+        losses, _ = _WindowLoss.apply(basis.to(kind), weights, windows, masks, owner, num_regions, None)
     return losses.view(len(boxes), num_regions).sum(1)
+
+
+def mined_mask_loss(
+    basis: Tensor,
+    coefficients: Tensor,
+    windows: Tensor,
+    masks: Tensor,
+    mask_index: Tensor,
+    *,
+    negatives: float | None = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Sum over each window of the cross-entropy, with only the hardest background pixels of each instance.
+
+    Args:
+        basis: [D, h, w].
+        coefficients: [N, D].
+        windows: [N, 4] int64 x0, y0, x1, y1, half-open, inside the grid.
+        masks: [G, h, w] of 0 and 1, on the basis grid.
+        mask_index: [N] int64 in 0..G-1.
+        negatives: Background pixels kept for each foreground pixel of a window, those of largest loss; a fraction of
+            a pixel keeps it. None: all of them.
+
+    Returns:
+        [N] sums as of `window_mask_loss`, and [N] int64 numbers of pixels they are over, which carry no gradient.
+    """
+    kind = torch.float64 if basis.dtype == torch.float64 else torch.float32
+    with torch.autocast(basis.device.type, enabled=False):
+        losses, counts = _WindowLoss.apply(
+            basis.to(kind), coefficients.to(kind), windows, masks, mask_index, 1, negatives
+        )
+    return losses, counts
 
 
 def masks_on_grid(masks: Tensor, stride: int) -> Tensor:
@@ -77,7 +108,7 @@ def masks_on_grid(masks: Tensor, stride: int) -> Tensor:
 
 
 class _WindowLoss(torch.autograd.Function):
-    """basis [D, h, w], weights [S, D], windows [S, 4] int64, masks [G, h, w], mask_index [S] to losses [S]."""
+    """basis [D, h, w], weights [S, D], windows [S, 4], masks [G, h, w], mask_index [S] to losses and counts [S]."""
 
     @staticmethod
     def forward(
@@ -88,10 +119,12 @@ class _WindowLoss(torch.autograd.Function):
         masks: Tensor,
         mask_index: Tensor,
         num_regions: int,
-    ) -> Tensor:
+        negatives: float | None,
+    ) -> tuple[Tensor, Tensor]:
         regions = torch.arange(len(windows), device=windows.device) % num_regions
         passes = _passes(windows, mask_index * num_regions + regions)
         losses = weights.new_zeros(len(weights))
+        counts = (windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])
         slopes = []
         for members, (x0, y0, x1, y1) in passes:
             pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
@@ -101,15 +134,18 @@ class _WindowLoss(torch.autograd.Function):
             wrong = logits.mul_(sign)
             if len(members) > 1:
                 wrong.masked_fill_(_outside(windows[members], x0, y0, x1, y1), -torch.inf)
+            if negatives is not None:
+                counts[members] = _drop_easy(wrong.flatten(1), sign.flatten(1) < 0, negatives)
             losses[members] = F.softplus(wrong).sum((1, 2))
             slopes.append(wrong.sigmoid_().mul_(sign).flatten(1))
         ctx.passes = passes
         ctx.save_for_backward(basis, weights, *slopes)
-        return losses
+        ctx.mark_non_differentiable(counts)
+        return losses, counts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         basis, weights, *slopes = ctx.saved_tensors
         basis_gradient, weights_gradient = torch.zeros_like(basis), torch.zeros_like(weights)
         with torch.autocast(basis.device.type, enabled=False):
@@ -119,7 +155,28 @@ class _WindowLoss(torch.autograd.Function):
                 weights_gradient[members] = (slope @ pixels.T) * scale
                 change = (weights[members] * scale).T @ slope
                 basis_gradient[:, y0:y1, x0:x1] += change.view(-1, y1 - y0, x1 - x0)
-        return basis_gradient, weights_gradient, None, None, None, None
+        return basis_gradient, weights_gradient, None, None, None, None, None
+
+
+def _drop_easy(wrong: Tensor, foreground: Tensor, negatives: float) -> Tensor:
+    """Takes the easy background pixels out of the loss, in place.
+
+    Args:
+        wrong: [n, P], the loss is its softplus; -inf where a pixel does not count.
+        foreground: [n, P] bool, also of pixels that do not count.
+        negatives: Background pixels kept for each foreground pixel that counts.
+
+    Returns:
+        [n] int64, pixels left.
+    """
+    counted = wrong > -torch.inf
+    num_foreground = (foreground & counted).sum(1)
+    background = wrong.masked_fill(foreground, -torch.inf)
+    order = background.argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(wrong.shape[1], device=wrong.device)
+    easy = torch.empty_like(foreground).scatter_(1, order, rank >= negatives * num_foreground[:, None])
+    wrong.masked_fill_(easy & ~foreground, -torch.inf)
+    return (wrong > -torch.inf).sum(1)
 
 
 def _region_windows(boxes: Tensor, windows: Tensor, grid: tuple[int, int]) -> Tensor:
