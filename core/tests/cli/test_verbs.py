@@ -49,6 +49,13 @@ def test_resume_goes_on_in_the_same_folder(call, shapes, here):
     assert resumed["steps"] == whole["steps"]
 
 
+def test_the_same_command_with_resume_goes_on_too(call, shapes):
+    words = "train --small --device cpu --epochs 2 --data shapes --batch-size 2 --output out"
+    assert call(words)[0] == 0
+    assert call(words)[0] == 2  # not empty
+    assert call(words, "--resume")[0] == 0
+
+
 def test_an_interrupted_run_is_saved_and_says_how_to_go_on(call, shapes, monkeypatch):
     from onestage.cli import train as verb
     from onestage.engine.train import Interrupted

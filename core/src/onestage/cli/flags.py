@@ -278,11 +278,11 @@ def _defaults(method: Method, verb: str, argv: list[str]) -> tuple[Any, Any]:
     flags_type = VERBS[verb]
     file = _peek(argv, "--config")
     values: dict[str, Any] = {}
-    if verb == "train" and file is None and "--help" not in argv:
-        file = _config_of_resumed(method, argv)
     variant = _peek(argv, "--variant")
     if variant is None and "--small" in argv:
         variant = method.small_variant
+    if verb == "train" and file is None and variant is None:  # with a variant, the whole command was typed again
+        file = _config_of_resumed(method, argv)
     usual = method.demo_variant if verb == "demo" else method.default_variant
     if file is not None:
         settings = read_settings(Path(file))
