@@ -21,12 +21,25 @@ def only(*variants: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda content: {key: content[key] for key in variants}
 
 
+def cases(*names: str, of: tuple[str, ...]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Of the cases `of`, whose names stand before the first slash of a key, keeps these; the rest of the file too."""
+    return lambda content: {
+        key: value for key, value in content.items() if key.split("/")[0] not in of or key.split("/")[0] in names
+    }
+
+
 def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Leaves these top-level entries out."""
     return lambda content: {key: value for key, value in content.items() if key not in keys}
 
 
 PACKED = {
+    "meinst": {
+        "meinst_rasterize": without(),
+        "meinst_codec": cases("whiten1_sigmoid1", of=tuple(f"whiten{w}_sigmoid{s}" for w in (0, 1) for s in (0, 1))),
+        "meinst_pca_fit": cases("sigmoid0", of=("sigmoid0", "sigmoid1", "uniform")),
+        "meinst_infer": cases("few", "empty", of=("many", "few", "thresh_with_ctr", "empty")),
+    },
     "sipmask": {
         "sipmask_smp": without("maps"),
         "sipmask_head_ssd2": without(),

@@ -54,6 +54,8 @@ def test_bitmaps_fill_the_grid_of_a_box(golden, suffix):
 def test_codes_and_decoded_masks(golden, whiten, noisy):
     case = golden("meinst_codec")
     name = f"whiten{whiten:d}_sigmoid{noisy:d}"
+    if f"{name}/encoded" not in case:
+        pytest.skip(f"{name} is not in this meinst_codec file")
     codec = _codec(case, replace(R50, whiten=whiten, noisy_logits=noisy))
     noise = case.get(f"{name}/uniform")
     if noisy:
@@ -68,10 +70,13 @@ def test_codes_and_decoded_masks(golden, whiten, noisy):
 @pytest.mark.parametrize("noisy", [True, False])
 def test_fitted_components_and_their_reconstruction(golden, noisy):
     case = golden("meinst_pca_fit")
+    if f"sigmoid{noisy:d}/components_c" not in case:
+        pytest.skip(f"sigmoid{noisy:d} is not in this meinst_pca_fit file")
     stored = {key: case[f"sigmoid{noisy:d}/{key}"] for key in ("components_c", "mean_c", "explained_variance_c")}
     length = stored["components_c"].shape[1]
-    pixels, noise = case["masks"].flatten(1).double(), case["uniform"].double()
-    values = noisy_logits(pixels, noise) if noisy else pixels
+    values, noise = case["masks"].flatten(1).double(), case["uniform"] if noisy else None
+    if noise is not None:
+        values = noisy_logits(values, noise.double())
     pca, batches = IncrementalPCA(length), Batches(256, length)
     for batch in [*batches.push(values.numpy()), *batches.rest()]:
         pca.update(batch)
@@ -84,7 +89,7 @@ def test_fitted_components_and_their_reconstruction(golden, noisy):
     codec = MaskCodec(config)
     parts = [torch.from_numpy(values).float()[None] for values in (*ours, pca.ratio)]
     codec.load(Encoding(*parts, facts={}))
-    soft = codec.decode(codec.encode(case["masks"], noise=case["uniform"]))
+    soft = codec.decode(codec.encode(case["masks"], noise=noise))
     binary = (soft >= 0.5).byte()
     assert (binary == case[f"sigmoid{noisy:d}/recon_binary"]).float().mean() >= 0.999
     confusion = pixel_confusion(case["masks"], binary)
