@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -203,35 +204,39 @@ def _passes(windows: Tensor, key: Tensor) -> list[tuple[Tensor, tuple[int, int, 
     Returns:
         Members [n] int64 of each pass and the union of their windows; windows without pixels are in none.
     """
-    ends = windows.tolist()
-    groups: dict[int, list[int]] = {}
-    for i, (group, (x0, y0, x1, y1)) in enumerate(zip(key.tolist(), ends, strict=True)):
-        if x1 > x0 and y1 > y0:
-            groups.setdefault(group, []).append(i)
-    plan = []
-    for members in groups.values():
-        alone = [[i] for i in members]
-        plan += min([members], alone, key=lambda split: sum(_cost(part, ends) for part in split))
-    together = [[i for members in groups.values() for i in members]] if groups else []
-    plan = min(plan, together, key=lambda split: sum(_cost(part, ends) for part in split))
+    ends, keys = windows.cpu().numpy(), key.cpu().numpy()
+    areas = (ends[:, 2:] - ends[:, :2]).prod(1)
+    filled = np.flatnonzero(areas)
+    if len(filled) == 0:
+        return []
+    filled = filled[keys[filled].argsort(kind="stable")]
+    plan: list[np.ndarray] = []
+    cost = 0
+    for members in np.split(filled, np.flatnonzero(np.diff(keys[filled])) + 1):
+        together = _cost(ends[members])
+        alone = PASS_PIXELS * len(members) + int(areas[members].sum()) * (1 + BASIS_PIXELS)
+        plan += [members] if together <= alone else np.split(members, len(members))
+        cost += min(together, alone)
+    if _cost(ends[filled]) <= cost:
+        plan = [filled]
     passes = []
     for members in plan:
-        x0, y0, x1, y1 = _union(members, ends)
+        x0, y0, x1, y1 = _union(ends[members])
         step = max(1, MAX_PIXELS // ((x1 - x0) * (y1 - y0)))
         for start in range(0, len(members), step):
             part = members[start : start + step]
-            passes.append((torch.tensor(part, device=windows.device), _union(part, ends)))
+            passes.append((torch.from_numpy(part).to(windows.device), _union(ends[part])))
     return passes
 
 
-def _cost(members: list[int], ends: list[list[int]]) -> int:
-    x0, y0, x1, y1 = _union(members, ends)
-    return PASS_PIXELS + (x1 - x0) * (y1 - y0) * (len(members) + BASIS_PIXELS)
+def _cost(ends: np.ndarray) -> int:
+    x0, y0, x1, y1 = _union(ends)
+    return PASS_PIXELS + (x1 - x0) * (y1 - y0) * (len(ends) + BASIS_PIXELS)
 
 
-def _union(members: list[int], ends: list[list[int]]) -> tuple[int, int, int, int]:
-    x0, y0, x1, y1 = zip(*(ends[i] for i in members), strict=True)
-    return min(x0), min(y0), max(x1), max(y1)
+def _union(ends: np.ndarray) -> tuple[int, int, int, int]:
+    (x0, y0), (x1, y1) = ends[:, :2].min(0).tolist(), ends[:, 2:].max(0).tolist()
+    return x0, y0, x1, y1
 
 
 def _outside(windows: Tensor, x0: int, y0: int, x1: int, y1: int) -> Tensor:
