@@ -73,6 +73,11 @@ def test_paper_is_found_by_command_and_entry_point(paper):
     assert about["entry-points"] == {"onestage.methods": {paper: f"{paper}.method:METHOD"}}
 
 
+@pytest.mark.parametrize("paper", PAPERS)
+def test_nox_starts_in_the_package_folder_too(paper):
+    assert read(f"{paper}/noxfile.py") == read("sipmask/noxfile.py")
+
+
 def test_packaging_is_the_same_in_every_package(package):
     tables = tomllib.loads(read(f"{package}/pyproject.toml"))
     assert tables["build-system"] == {"requires": ["hatchling>=1.27"], "build-backend": "hatchling.build"}
