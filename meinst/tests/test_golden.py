@@ -20,10 +20,11 @@ from meinst.decode import decode, select
 from meinst.losses import compute_losses
 from meinst.model import MEInst, MEInstHead, RawOutput
 from meinst.pca import Batches, IncrementalPCA
-from meinst.targets import assign_targets, bitmap_mask, polygon_mask
+from meinst.targets import assign_targets, polygon_mask
 from onestage.engine.official import rename
 from onestage.nn import fcos
 from onestage.nn.towers import flatten_levels
+from onestage.ops.paste import cut_mask
 from onestage.structures import ImageFrame, Target
 
 pytestmark = pytest.mark.golden
@@ -45,7 +46,7 @@ def test_polygons_fill_the_grid_of_a_box(golden, boxes, masks, size):
 def test_bitmaps_fill_the_grid_of_a_box(golden, suffix):
     case = golden("meinst_rasterize")
     bitmaps = _unpacked(case["bitmask/packed"], tuple(case["bitmask/hw"].tolist()))
-    filled = [bitmap_mask(bitmap, box, 28) for bitmap, box in zip(bitmaps, case[f"boxes{suffix}"], strict=False)]
+    filled = [cut_mask(bitmap, box, 28) for bitmap, box in zip(bitmaps, case[f"boxes{suffix}"], strict=False)]
     assert torch.equal(torch.stack(filled), case[f"bitmask/masks28{suffix}"])
 
 

@@ -1,12 +1,11 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
 from meinst.config import R50
 from meinst.model import RawOutput
-from meinst.targets import assign_targets, bitmap_mask, box_masks, polygon_mask
+from meinst.targets import assign_targets, box_masks, polygon_mask
 from onestage.nn import fcos
 from onestage.structures import Target
 
@@ -47,14 +46,6 @@ def test_parts_of_an_instance_are_joined_and_what_leaves_the_box_is_cut():
 def test_a_box_without_width_is_taken_as_a_tenth_of_a_pixel():
     mask = polygon_mask([SQUARE], np.array([20, 20, 20, 48], np.float32), 4)
     assert mask.shape == (4, 4)
-
-
-@pytest.mark.parametrize("box", [(0, 0, 28, 28), (50, 30, 78, 58), (100, 100, 128, 128)])
-def test_a_bitmap_is_read_as_it_is_where_a_cell_is_a_pixel(box):
-    generator = torch.Generator().manual_seed(0)
-    bitmap = (torch.rand(128, 128, generator=generator) > 0.5).byte()
-    mask = bitmap_mask(bitmap, torch.tensor(box, dtype=torch.float32), 28)
-    assert torch.equal(mask, bitmap[box[1] : box[3], box[0] : box[2]])
 
 
 def test_polygons_count_where_there_are_some_and_bitmaps_elsewhere():

@@ -88,12 +88,25 @@ def test_tower_equals_the_released_head(golden, tower_name, conv_name, output):
         torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
 
 
-def test_conv_at_some_locations_equals_the_dense_conv():
+@pytest.mark.parametrize(("side", "dilation"), [(3, 1), (3, 2), (3, 6), (1, 1)])
+def test_conv_at_some_locations_equals_the_dense_conv(side, dilation):
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, 3, padding=1)
+    conv = nn.Conv2d(4, 6, side, padding=side // 2 * dilation, dilation=dilation)
     levels = [torch.randn(1, 4, height, width) for height, width in ((5, 7), (3, 4), (1, 1))]
     with torch.no_grad():
         dense = flatten_levels([conv(level) for level in levels], 6)[0]
         index = torch.tensor([47, 0, 34, 35, 46, 20, 20])  # corners of the levels, one twice
         torch.testing.assert_close(conv_at(conv, [level[0] for level in levels], index), dense[index])
         assert conv_at(conv, [level[0] for level in levels], index[:0]).shape == (0, 6)
+
+
+def test_conv_at_some_locations_teaches_as_the_dense_conv():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=2, dilation=2)
+    levels = [torch.randn(1, 4, height, width, requires_grad=True) for height, width in ((5, 7), (3, 4))]
+    index, weights = torch.tensor([0, 34, 35, 46, 20, 20]), torch.randn(6, 6)
+    dense = flatten_levels([conv(level) for level in levels], 6)[0, index]
+    gathered = conv_at(conv, [level[0] for level in levels], index)
+    for leaf in (*levels, *conv.parameters()):
+        expected, found = (torch.autograd.grad((x * weights).sum(), leaf, retain_graph=True) for x in (dense, gathered))
+        torch.testing.assert_close(found, expected)

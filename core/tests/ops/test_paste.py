@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from onestage.ops.paste import paste_masks, paste_soft
+from onestage.ops.paste import cut_mask, paste_masks, paste_soft
 from onestage.testing import coco_like_boxes, dense_paste
 
 
@@ -78,3 +78,11 @@ def test_soft_pasting_equals_dense_sampling():
     boxes = torch.cat((coco_like_boxes(10, (40, 50), generator), torch.tensor([[-9.0, -9.0, 30.0, 60.0]])))
     maps = torch.rand(11, 28, 28, generator=generator)
     torch.testing.assert_close(paste_soft(maps, boxes, (40, 50)), dense_paste(maps, boxes, (40, 50)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 28, 28), (50, 30, 78, 58), (100, 100, 128, 128)])
+def test_a_bitmap_is_read_as_it_is_where_a_cell_is_a_pixel(box):
+    generator = torch.Generator().manual_seed(0)
+    bitmap = (torch.rand(128, 128, generator=generator) > 0.5).byte()
+    mask = cut_mask(bitmap, torch.tensor(box, dtype=torch.float32), 28)
+    assert torch.equal(mask, bitmap[box[1] : box[3], box[0] : box[2]])

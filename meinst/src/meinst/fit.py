@@ -19,10 +19,11 @@ from meinst.codec import Encoding, MaskCodec, mean_iou, noisy_logits, pixel_conf
 from meinst.config import MEInstConfig
 from meinst.model import MEInst
 from meinst.pca import BATCH, Batches, IncrementalPCA
-from meinst.targets import bitmap_mask, box_masks, polygon_mask
+from meinst.targets import box_masks, polygon_mask
 from onestage.data.coco import CocoDataset
 from onestage.data.validate import Annotations
 from onestage.errors import DatasetError
+from onestage.ops.paste import cut_mask
 from onestage.structures import usable
 
 LOG = logging.getLogger("onestage")
@@ -118,7 +119,7 @@ def annotation_masks(annotations: Annotations, size: int, limit: int | None = No
         if polygons is None:
             image_size = tuple(annotations.image_sizes[image_of[i]].tolist())
             bitmap = torch.from_numpy(coco_mask.decode(annotations.rle(i, image_size)))
-            masks.append(bitmap_mask(bitmap, torch.from_numpy(box), size))
+            masks.append(cut_mask(bitmap, torch.from_numpy(box), size))
         else:
             masks.append(torch.from_numpy(polygon_mask(polygons, box, size)))
         labels.append(int(annotations.labels[i]))

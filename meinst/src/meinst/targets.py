@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torchvision import ops
 
 from meinst.config import MEInstConfig
 from onestage.nn import fcos
+from onestage.ops.paste import cut_mask
 from onestage.structures import Target
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def box_masks(target: Target, size: int) -> Tensor:
     polygons = target.polygons or (None,) * len(target)
     boxes = target.boxes.cpu().numpy()
     masks = [
-        bitmap_mask(bitmap, box, size)
+        cut_mask(bitmap, box, size)
         if parts is None
         else torch.from_numpy(polygon_mask(parts, corners, size)).to(box.device)
         for parts, bitmap, box, corners in zip(polygons, target.masks, target.boxes, boxes, strict=True)
@@ -86,20 +85,3 @@ def polygon_mask(polygons: Polygons, box: np.ndarray, size: int) -> np.ndarray:
     points = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in polygons]
     moved = [((part - corner) * factor).ravel().tolist() for part in points]
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, size, size)))
-
-
-def bitmap_mask(bitmap: Tensor, box: Tensor, size: int) -> Tensor:
-    """[size, size] uint8: RoIAlign of a bitmap, one half or more.
-
-    Args:
-        bitmap: [H, W] of 0 and 1.
-        box: [4] float32 xyxy, same frame.
-        size: m.
-    """
-    # Only the window around the box becomes float; its margin keeps RoIAlign from meeting a border of our making.
-    left, top = (max(0, math.floor(value) - 2) for value in box[:2].tolist())
-    right, bottom = (math.ceil(value) + 2 for value in box[2:].tolist())
-    window = bitmap[top:bottom, left:right].float()
-    corner = box.new_tensor([left, top, left, top])
-    roi = torch.cat((box.new_zeros(1), box - corner))[None]
-    return (ops.roi_align(window[None, None], roi, size, sampling_ratio=0, aligned=True)[0, 0] >= 0.5).byte()

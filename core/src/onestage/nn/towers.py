@@ -81,19 +81,22 @@ def flatten_levels(maps: Sequence[Tensor], channels: int) -> Tensor:
 
 
 def conv_at(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    """What a prediction conv says at some locations only.
+    """What a convolution says at some locations only.
 
-    A conv without a norm behind it is linear in its patch: at inference only the patches of kept locations are read.
+    A conv without a norm behind it is linear in its patch: only the patches of the locations that count are read.
+    Differentiable.
 
     Args:
-        conv: 3x3, stride 1, padding 1, one group; shared by the levels.
+        conv: Square kernel of odd side, stride 1, any dilation, a padding that keeps the size, one group; shared by
+            the levels.
         levels: Features of one image, [C, h, w] per level.
         index: [N] int64 into the locations of all levels, in the order of `flatten_levels`; repeats are legal.
 
     Returns:
         [N, out] in the type of `conv`.
     """
-    assert conv.kernel_size == (3, 3)
+    assert conv.kernel_size[0] == conv.kernel_size[1]
+    assert conv.stride == (1, 1)
     assert conv.groups == 1
     values = conv.weight.new_empty(len(index), conv.out_channels)
     start = 0
@@ -101,15 +104,17 @@ def conv_at(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
         height, width = feature.shape[-2:]
         inside = ((index >= start) & (index < start + height * width)).nonzero().flatten()
         cell = index[inside] - start
-        patches = _patches(feature, cell // width, cell % width)  # [n, C * 9]
+        patches = _patches(feature, cell // width, cell % width, conv.kernel_size[0], conv.dilation[0])
         values[inside] = F.linear(patches, conv.weight.flatten(1), conv.bias).to(values.dtype)
         start += height * width
     return values
 
 
-def _patches(feature: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[N, C * 9] zero-padded 3x3 neighbourhoods of a feature [C, h, w], in the order of a conv weight."""
-    padded = F.pad(feature, (1, 1, 1, 1))
-    offsets = torch.arange(3, device=feature.device)
-    patches = padded[:, rows[:, None, None] + offsets[:, None], columns[:, None, None] + offsets]  # [C, N, 3, 3]
+def _patches(feature: Tensor, rows: Tensor, columns: Tensor, side: int, dilation: int) -> Tensor:
+    """[N, C * side^2] zero-padded neighbourhoods of a feature [C, h, w], in the order of a conv weight."""
+    height, width = feature.shape[-2:]
+    offsets = (torch.arange(side, device=feature.device) - side // 2) * dilation
+    y, x = (rows[:, None] + offsets)[:, :, None], (columns[:, None] + offsets)[:, None]  # [N, side, 1], [N, 1, side]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    patches = feature[:, y.clamp(0, height - 1), x.clamp(0, width - 1)].where(inside, 0)  # [C, N, side, side]
     return patches.transpose(0, 1).flatten(1)

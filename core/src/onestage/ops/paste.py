@@ -1,13 +1,17 @@
 """Paste square soft masks into boxes of an image: bilinear, and so separable, with zeros around the map.
 
-N: masks of M x M values. MEInst and SPRNet, after Mask R-CNN.
+Their training targets are cut out of bitmaps the other way. MEInst and SPRNet, after Mask R-CNN. N: masks of M x M
+values.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision import ops
 
 from onestage.masks import Masks
 from onestage.ops.dispatch import wants_triton
@@ -64,6 +68,23 @@ def paste_soft(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> T
     ):
         canvas[top:bottom, left:right] = along_y @ values @ along_x.T
     return pasted
+
+
+def cut_mask(bitmap: Tensor, box: Tensor, size: int) -> Tensor:
+    """A mask in the grid of its box: [size, size] uint8, RoIAlign of the bitmap, one half or more.
+
+    Args:
+        bitmap: [H, W] of 0 and 1.
+        box: [4] float32 xyxy, same frame, not rounded.
+        size: M.
+    """
+    # Only the window around the box becomes float; its margin keeps RoIAlign from meeting a border of our making.
+    left, top = (max(0, math.floor(value) - 2) for value in box[:2].tolist())
+    right, bottom = (math.ceil(value) + 2 for value in box[2:].tolist())
+    window = bitmap[top:bottom, left:right].float()
+    corner = box.new_tensor([left, top, left, top])
+    roi = torch.cat((box.new_zeros(1), box - corner))[None]
+    return (ops.roi_align(window[None, None], roi, size, sampling_ratio=0, aligned=True)[0, 0] >= 0.5).byte()
 
 
 def _hat_weights(low: Tensor, high: Tensor, extent: int, side: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
