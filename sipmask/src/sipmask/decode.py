@@ -62,7 +62,7 @@ def decode(
     """
     decoded = []
     for i, frame in enumerate(frames):
-        selected = select(raw, i, frame, config)
+        selected = _real_boxes(select(raw, i, frame, config))
         found = to_image(selected, frame)
         if masks != "none":
             parts = raw.basis[i], coefficients_at(i, selected.index), selected.boxes
@@ -105,6 +105,12 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> 
             legacy=True,
         )
     return Selected(index[kept.index], boxes[kept.index], kept.scores, kept.labels)
+
+
+def _real_boxes(selected: Selected) -> Selected:
+    """Drops boxes turned inside out: linear distances may be negative, mostly in untrained models."""
+    real = (selected.boxes[:, 2:] >= selected.boxes[:, :2]).all(1)
+    return Selected(selected.index[real], selected.boxes[real], selected.scores[real], selected.labels[real])
 
 
 def to_image(selected: Selected, frame: ImageFrame) -> Detections:
