@@ -30,6 +30,8 @@ class Method:
         prepare: (model, training data) before training from nothing, for what a method takes from the annotations;
             None where there is no such thing.
         polygons: Training targets carry polygons too.
+        finish: (trained model, training data) to its new config: a second stage that leaves the trained network as it
+            is, run by `demo`; after `train` it is a verb of its own. None where there is no such thing.
     """
 
     name: str
@@ -45,3 +47,4 @@ class Method:
     extra_verbs: Mapping[str, Callable[[list[str]], int]] = field(default_factory=dict)
     prepare: Callable[[nn.Module, Any], None] | None = None
     polygons: bool = False
+    finish: Callable[[nn.Module, Any], Any] | None = None

@@ -1,0 +1,276 @@
+"""Parity with the authors' code: stored weights, inputs and outputs of RDSNet, and of YOLACT's linear combination.
+
+The files are described where they are made; tolerances are theirs.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from onestage.engine.official import convert_keys, rename
+from onestage.nn import retinanet
+from onestage.nn.fpn import FPN
+from onestage.nn.towers import flatten_levels
+from onestage.ops.assemble import crop_window
+from onestage.ops.edges import Profiles, enclosing_boxes, refine_boxes, side_posteriors
+from onestage.ops.mask_loss import masks_on_grid
+from onestage.structures import ImageFrame, Target
+from rdsnet.config import R50
+from rdsnet.convert import RDSNET_KEYS
+from rdsnet.decode import Correlation, correlate, decode, select
+from rdsnet.losses import compute_losses, instance_losses
+from rdsnet.model import RDSNet
+from rdsnet.refine import Samples, coordinate_loss
+from rdsnet.targets import assign_targets, mask_instances
+
+pytestmark = pytest.mark.golden
+TOLERANCE = 1e-5
+
+
+def test_pyramid(golden):
+    case = golden("rdsnet_fpn")
+    state = case["state_dict"]
+    channels = [len(case[f"c{i}"][0]) for i in (3, 4, 5)]
+    fpn = FPN(channels, len(state["neck.fpn_convs.0.conv.bias"]), extra="c5", relu_p7=False)
+    _load(fpn, state, "fpn.")
+    with torch.no_grad():
+        for ours, theirs in zip(fpn([case["c3"], case["c4"], case["c5"]]), case["outs"], strict=True):
+            close(ours, theirs)
+
+
+def test_heads_and_anchors(golden):
+    case = golden("rdsnet_heads")
+    model = _model(case["state_dict"])
+    with torch.no_grad():
+        raw = model.head_outputs(case["feats"])
+        close(raw.logits, flatten_levels(case["cls"], model.config.num_classes))
+        close(raw.deltas, flatten_levels(case["reg"], 4))
+        close(raw.pixel_vectors, case["pixel_reps"])
+        # Object vectors are read where they are asked for, and are those of the dense conv.
+        dense = flatten_levels(case["rep"], 2 * model.config.vector_length)
+        index = torch.arange(0, dense.shape[1], 7).flip(0)
+        for image in range(len(dense)):
+            close(model.vectors_at(raw, image, index).flatten(1), dense[image, index])
+    for stride, cell in zip(retinanet.STRIDES, case["base_anchors"], strict=True):
+        assert torch.equal(retinanet.cell_anchors(stride, legacy=True), cell)
+    assert torch.equal(raw.anchors, torch.cat(case["anchors"]))
+
+
+def test_correlation_and_crop_at_inference(golden):
+    case = golden("rdsnet_corr_crop")
+    for i, meta in enumerate(case["metas"]):
+        frame, boxes = _frame(meta), case["boxes_ori"][i]
+        correlation = correlate(case["pixel_reps"][i], _vectors(case["obj_reps"][i]), frame, R50)
+        close(correlation.logits(), case["logits"][i][..., 1] - case["logits"][i][..., 0])
+        everything = torch.tensor([0, 0, *frame.image_size[::-1]]).expand(len(boxes), 4)
+        close(correlation.soft(everything, frame.image_size), case["masks_uncropped"][i])
+        for padding, key in ((0.1, "masks_cropped_r12"), (0.0, "masks_cropped_r10")):
+            windows = crop_window(boxes, frame.image_size, "expand", padding=padding)
+            stored = case[key][i]
+            binary = stored.bool() if stored.dtype == torch.uint8 else stored > 0.4
+            _few_pixels(correlation.masks(windows, frame.image_size, 0.4).to_bool(), binary)
+        close(
+            correlation.soft(crop_window(boxes, frame.image_size, "expand", padding=0.1), frame.image_size),
+            case["masks_cropped_r12"][i],
+        )
+        close(
+            correlation.masks_with_profiles(
+                crop_window(boxes, frame.image_size, "expand", padding=0.1), frame.image_size, 0.4
+            )[1].rows,
+            case["masks_cropped_r12"][i].amax(2),
+        )
+        stored = case["masks_input_res"][i]
+        count = len(stored)
+        padded = Correlation(correlation.vectors, correlation.contrasts[:count], 4)
+        windows = crop_window(boxes[:count], frame.input_size, "expand", padding=0.1)
+        height, width = frame.input_size
+        whole = (padded.vectors.shape[1] * 4, padded.vectors.shape[2] * 4)
+        close(padded.soft(windows, whole)[:, :height, :width], stored)
+
+
+MASK_LOSSES = {
+    "default": {},
+    "no_ohem": {"ohem": None},
+    "no_expand": {"train_crop": 0.0},
+    "no_expand_no_ohem": {"train_crop": 0.0, "ohem": None},
+    "ohem_ratio1p5": {"ohem": 1.5},
+    "no_crop_no_ohem": {"train_crop": None, "ohem": None},
+}
+
+
+@pytest.mark.parametrize("name", MASK_LOSSES)
+def test_mask_loss_and_its_gradient(golden, name):
+    case = golden("rdsnet_corr_crop")
+    config = replace(R50, **MASK_LOSSES[name])
+    losses, maps = [], []
+    for i, logits in enumerate(case["logits"]):
+        # Logits as a basis of one map for each instance: the gradient of the basis is that of the logits.
+        maps.append((logits[..., 1] - logits[..., 0]).requires_grad_())
+        masks = masks_on_grid(case["gt_masks_pad"][i], 4)
+        assert torch.equal(masks, case["gt_masks_quarter"][i])
+        own = torch.arange(len(masks))
+        boxes = case["gt_boxes_pad"][i] / 4
+        losses.append(instance_losses(maps[i], torch.eye(len(masks)), boxes, masks, own, config))
+        windows = crop_window(boxes, (masks.shape[1], masks.shape[2]), "expand", padding=0.25)
+        inside = [int(x1 - x0) * int(y1 - y0) for x0, y0, x1, y1 in windows]
+        assert inside == case["crop_train_r15"][i].flatten(1).sum(1).tolist()
+    every = torch.cat(losses)
+    loss = every.sum() / (len(every) + 1)
+    close(loss, case["mask_loss"][name])
+    loss.backward()
+    for ours, theirs in zip(maps, case["mask_loss_grad_logits"].get(name, ()), strict=False):
+        assert_close(ours.grad, theirs[..., 1], atol=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("run", ["released", "gamma002", "gamma010", "random_s2"])
+def test_refined_boxes(golden, run):
+    case = golden("rdsnet_mbrm")
+    if run not in case["runs"]:
+        pytest.skip(f"{run} is not in this rdsnet_mbrm file")
+    stored = case["runs"][run]
+    profiles, boxes = Profiles.of(case["masks"]), case["boxes"]
+    weight, bias, gamma = stored["weight"].flatten(), stored["bias"], float(stored["gamma"])
+    for axis, profile, names in ((0, profiles.columns, ("left", "right")), (1, profiles.rows, ("top", "bottom"))):
+        sides = side_posteriors(profile, boxes[:, axis], boxes[:, axis + 2], weight, bias, gamma)
+        for ours, key in zip(sides, names, strict=True):
+            close(ours, stored[key])
+    assert torch.equal(refine_boxes(profiles, boxes, weight, bias, gamma), stored["refined"][:, :4])
+
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    loss = coordinate_loss([Samples(profiles, boxes, case["gt_boxes"])], weight, bias, gamma)
+    close(loss, stored["ce_loss"])
+    loss.backward()
+    assert_close(weight.grad, stored["ce_grad_weight"].flatten(), atol=1e-4, rtol=1e-4)
+    assert_close(bias.grad, stored["ce_grad_bias"], atol=1e-4, rtol=1e-4)
+
+
+def test_boxes_around_masks(golden):
+    case = golden("rdsnet_mbrm")
+    empty = torch.full_like(case["boxes"], -1.0)
+    assert torch.equal(enclosing_boxes(Profiles.of(case["masks"]), empty, 0.4).long(), case["direct_thr04"])
+
+
+def test_inference(golden):
+    case = golden("rdsnet_infer")
+    rules = case["test_cfg"]
+    model = _model(case["state_dict"])
+    inference = replace(
+        R50.inference,
+        candidates_per_level=int(rules["nms_pre"]),
+        score_threshold=float(rules["score_thr"]),
+        iou_threshold=float(rules["nms_iou"]),
+        max_detections=int(rules["max_per_img"]),
+        crop_padding=float(rules["crop_padding"]),
+        mask_threshold=float(rules["mask_thr"]),
+        refine="mbrm",
+    )
+    config = replace(model.config, inference=inference)
+    frame = _frame(case["meta"])
+    with torch.no_grad():
+        raw = model.head_outputs(case["feats"])
+        kept, boxes = select(raw, 0, frame, config)
+        vectors = model.vectors_at(raw, 0, kept.index)
+        detect = partial(decode, raw, [frame], partial(model.vectors_at, raw), model.mbrm, config)
+        (found,), (soft,) = detect("binary"), detect("soft")
+    close(kept.scores, case["scores"])
+    assert torch.equal(kept.labels, case["classes"])
+    close(boxes, case["boxes"])
+    close(vectors.flatten(1), case["obj_reps"])
+    logits = case["mask_logits"]
+    close(correlate(raw.pixel_vectors[0], vectors, frame, config).logits(), logits[..., 1] - logits[..., 0])
+    close(soft.soft_masks, case["masks_soft"])
+    _few_pixels(found.masks.to_bool(), case["masks_bin"].bool())
+    exclusive = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert torch.equal(found.boxes, case["boxes_refined"] + exclusive)
+    limit = torch.tensor([*frame.image_size[::-1], *frame.image_size[::-1]])
+    close(found.unrefined_boxes, torch.minimum(case["boxes"] + exclusive, limit))
+
+
+def test_targets_losses_and_gradients(golden):
+    case = golden("rdsnet_loss")
+    model = _model(case["state_dict"])
+    config = replace(model.config, masks_per_image=1000)
+    canvas = tuple(case["stack_shape"].tolist())
+    frames = [replace(_frame(meta), padded_size=canvas) for meta in case["metas"]]
+    targets = [
+        Target(boxes, labels - 1, _on_canvas(masks, canvas), torch.zeros(len(boxes), dtype=torch.bool))
+        for boxes, labels, masks in zip(case["gt_boxes"], case["gt_labels_1based"], case["gt_masks_pad"], strict=True)
+    ]
+    levels = [level.clone().requires_grad_() for level in case["feats"]]
+    raw = model.head_outputs(levels)
+    assigned = assign_targets(targets, frames, raw, config)
+
+    labels, index = assigned.anchors.labels, assigned.anchors.index
+    assert torch.equal((labels + 1).clamp(min=0), case["anchor_labels"])
+    assert torch.equal((labels != retinanet.IGNORED).float(), case["anchor_label_weights"])
+    assert torch.equal((labels >= 0).float(), case["anchor_bbox_weights"])
+    assert int((labels >= 0).sum()) == int(case["num_total_pos"])
+    for i, boxes in enumerate(case["gt_boxes"]):
+        positive = (index[i] >= 0).nonzero().flatten()
+        deltas = retinanet.encode(raw.anchors[positive], boxes[index[i, positive]], legacy=True)
+        close(deltas, case["anchor_bbox_targets"][i, positive])
+        assert torch.equal(mask_instances(assigned, i, config), case["mask_pos_anchor_inds"][i])
+
+    losses = compute_losses(raw, assigned, partial(model.vectors_at, raw), config)
+    close(losses["loss_cls"], case["loss_cls_levels"].sum())
+    close(losses["loss_box"], case["loss_bbox_levels"].sum())
+    close(losses["loss_mask"], case["loss_mask"])
+    total = sum(losses.values())
+    close(total, case["loss_total"])
+    total.backward()
+    for ours, theirs in zip(levels, case["grad_feats"], strict=True):
+        assert_close(ours.grad, theirs, atol=1e-4 * max(1.0, float(theirs.abs().max())), rtol=0)
+    parameters = dict(model.named_parameters())
+    for key, norm in case["grad_norms"].items():
+        gradient = parameters[rename(key, RDSNET_KEYS)].grad
+        assert_close(gradient.norm(), norm.to(gradient.dtype), atol=1e-4, rtol=1e-4)
+
+
+def close(ours, theirs, tolerance=TOLERANCE):
+    assert_close(ours.detach(), theirs, atol=tolerance * max(1.0, float(theirs.abs().max())), rtol=0)
+
+
+def _few_pixels(ours, theirs):
+    assert (ours != theirs).sum() <= 1e-3 * theirs.sum()
+
+
+def _model(state):
+    """RDSNet with the stored heads; its trunk and pyramid are never run."""
+    config = replace(
+        R50,
+        num_classes=len(state["bbox_head.retina_cls.bias"]) // 9,
+        width=state["bbox_head.retina_rep.weight"].shape[1],
+        vector_length=len(state["mask_head.conv_reps.bias"]),
+    )
+    model = RDSNet(config)
+    for part in ("head", "object_vectors", "pixel_vectors", "mbrm"):
+        if part != "mbrm" or "mbrm.weight" in state:
+            own = {key: value for key, value in state.items() if rename(key, RDSNET_KEYS).startswith(f"{part}.")}
+            assert own
+            _load(model.get_submodule(part), own, f"{part}.")
+    return model
+
+
+def _load(module, state, prefix):
+    wanted = {prefix + key: value for key, value in module.state_dict().items()}
+    converted, _ = convert_keys(state, RDSNET_KEYS, wanted)
+    module.load_state_dict({key.removeprefix(prefix): value for key, value in converted.items()})
+
+
+def _vectors(stored):
+    return stored.view(len(stored), 2, -1)
+
+
+def _frame(meta):
+    image, resized, padded = (tuple(meta[key].tolist()) for key in ("ori_shape", "img_shape", "pad_shape"))
+    factor = float(meta["scale_factor"])
+    return ImageFrame(image, resized, padded, (factor, factor))
+
+
+def _on_canvas(masks, size):
+    canvas = masks.new_zeros(len(masks), *size)
+    canvas[:, : masks.shape[1], : masks.shape[2]] = masks
+    return canvas
