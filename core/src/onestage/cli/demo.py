@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from onestage.cli.train import options_of, train_in
 from onestage.data.synth import ShapesDataset
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, write_atomically
+from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.evaluate import evaluate
 from onestage.method import Method
 
@@ -54,15 +56,15 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     )
     record = config_record(method, replace(call, config=config))
     with open_run(method.name, "demo", record, output=flags.output, overwrite=flags.overwrite) as run:
-        third = max(1, config.schedule.length // 3) if config.schedule.unit == "steps" else None
+        third = math.ceil(config.schedule.length / 3) if config.schedule.unit == "steps" else None
         options = options_of(flags, eval_every=third, save_every=0, log_every=10, eval_batch=10)
         result = train_in(run, method, call, model, config, train_set, held_out, options, info)
-        state, _ = load_weights(result.weights, package=method.name)
-        load_into(model, state, info)
-        metrics, results = evaluate(
-            model, held_out, batch_size=10, precision=flags.precision, per_class=True, progress=not flags.quiet
-        )
-        write_atomically(run.folder / "results.json", json.dumps(results).encode())
+        # What is shown and measured are the weights that are kept.
+        load_into(model, load_weights(result.weights, package=method.name)[0], info)
+        if result.best_step < result.steps:  # results.json is that of the last evaluation
+            _, results = evaluate(model, held_out, batch_size=10, precision=flags.precision, progress=not flags.quiet)
+            write_atomically(run.folder / "results.json", json.dumps(results).encode())
+        metrics = _metrics_of(run.folder / "results.json", held_out)
         run.write("metrics.json", metrics)
         examples = _examples(model, held_out)
         samples = _write_samples(run.folder / "images", examples)
@@ -104,6 +106,13 @@ def run(method: Method, call: Call) -> dict[str, Any]:
             "page": str(page),
             "run": str(run.folder),
         }
+
+
+def _metrics_of(results: Path, held_out: Any) -> dict[str, float]:
+    """AP, per category too, of the results of the last evaluation."""
+    evaluator = CocoEvaluator(held_out.coco_gt(), held_out.categories)
+    evaluator.merge(json.loads(results.read_text(encoding="utf-8")))
+    return evaluator.summarize(per_class=True)
 
 
 @torch.no_grad()
