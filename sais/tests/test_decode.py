@@ -72,6 +72,14 @@ def test_boxes_of_iou_one_half_both_stay():
     assert len(select(raw, 0, SQUARE, DEMO)[0].index) == 2
 
 
+def test_boxes_in_the_padding_are_dropped_and_others_end_where_it_begins():
+    frame = ImageFrame((128, 64), (128, 64), (128, 128), (1.0, 1.0))
+    raw = _raw({_at(100, 60): (0, 0.9, 0.9, [20.0] * 4), _at(60, 60): (0, 0.8, 0.9, [20.0] * 4)})
+    kept, boxes = select(raw, 0, frame, DEMO)
+    assert kept.index.tolist() == [_at(60, 60)]
+    assert boxes.tolist() == [[40.0, 40.0, 64.0, 80.0]]
+
+
 def test_each_level_offers_its_best_locations():
     raw = _raw({_at(12, 12): (0, 0.9, 0.9, [4.0] * 4), _at(60, 60): (0, 0.8, 0.9, [4.0] * 4)})
     config = replace(DEMO, inference=replace(DEMO.inference, candidates_per_level=1))

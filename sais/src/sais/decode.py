@@ -70,6 +70,8 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SAISConfig) -> tup
     rank = (scores.amax(1) * centerness).split([height * width for height, width in raw.sizes])
     index = fcos.top_per_level(rank, rules.candidates_per_level)
     boxes = box_ops.clip(fcos.decode_ltrb(raw.points[index], raw.distances[i, index]), frame.input_size)
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # all of a box around a location in the padding may lie there
+    index, boxes = index[inside], boxes[inside]
     kept = class_wise_nms(
         boxes,
         scores[index],
