@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +63,7 @@ def decode(
     """
     decoded = []
     for i, frame in enumerate(frames):
-        selected = _real_boxes(select(raw, i, frame, config))
+        selected = select(raw, i, frame, config)
         found = to_image(selected, frame)
         if masks != "none":
             parts = raw.basis[i], coefficients_at(i, selected.index), selected.boxes
@@ -107,17 +108,14 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> 
     return Selected(index[kept.index], boxes[kept.index], kept.scores, kept.labels)
 
 
-def _real_boxes(selected: Selected) -> Selected:
-    """Drops boxes turned inside out: linear distances may be negative, mostly in untrained models."""
-    real = (selected.boxes[:, 2:] >= selected.boxes[:, :2]).all(1)
-    return Selected(selected.index[real], selected.boxes[real], selected.scores[real], selected.labels[real])
-
-
 def to_image(selected: Selected, frame: ImageFrame) -> Detections:
-    """Boxes in image pixels, exclusive."""
+    """Boxes in image pixels, exclusive, at least one pixel wide and high.
+
+    Linear distances may be negative and turn a box inside out, mostly in untrained models.
+    """
     boxes = _unscale(selected.boxes, frame)
-    boxes = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
-    return Detections(frame.image_size, boxes, selected.scores, selected.labels)
+    boxes = torch.cat((boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])), 1)
+    return Detections(frame.image_size, box_ops.from_legacy(boxes), selected.scores, selected.labels)
 
 
 def assemble(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SipMaskConfig) -> Masks:
