@@ -2,7 +2,6 @@ import importlib.util
 import multiprocessing
 import socket
 import sys
-import traceback
 from pathlib import Path
 
 import pytest

@@ -111,7 +111,7 @@ class Result:
     def to_supervision(self) -> Any:
         """`supervision.Detections`, where that library is installed."""
         try:
-            import supervision
+            import supervision  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise MachineError("supervision is not installed", "pip install supervision") from error
         return supervision.Detections(
