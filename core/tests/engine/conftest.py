@@ -51,8 +51,4 @@ def fork(monkeypatch):
 
 def _in_child(function, args, kwargs):
     torch.set_num_threads(1)  # OpenMP does not survive a fork
-    try:
-        function(*args, **kwargs)
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent must see the child fail
-        traceback.print_exc()
-        sys.exit(1)
+    function(*args, **kwargs)  # what it raises is printed and becomes exit code 1
