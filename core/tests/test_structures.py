@@ -95,3 +95,8 @@ def test_a_dense_tensor_over_budget_is_refused_with_a_way_out(monkeypatch):
     with pytest.raises(MachineError, match="3 dense masks of 8 x 8 px"):
         _detections().as_dict()
     assert len(_detections().as_dict("rle")["masks"]) == 3
+
+
+def test_training_without_targets_says_what_is_missing():
+    with pytest.raises(UsageError, match="training needs targets"):
+        training_targets(None, [torch.zeros(3, 4, 4)], 2)

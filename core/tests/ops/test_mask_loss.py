@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from onestage.ops import mask_loss
-from onestage.ops.mask_loss import window_mask_loss
+from onestage.ops.mask_loss import masks_on_grid, window_mask_loss
 from onestage.testing import coco_like_boxes, dense_mask_loss
 
 BOXES = torch.tensor(
@@ -135,3 +136,11 @@ def test_cuda_tensors_give_the_losses_and_gradients_of_the_cpu():
         gradients = torch.autograd.grad(losses.sum(), (basis, coefficients))
         results.append([value.cpu() for value in (losses, *gradients)])
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_masks_shrink_as_a_bilinear_resize_above_one_half(stride):
+    masks = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(stride)).gt(0.4).byte()
+    resized = F.interpolate(masks[:, None].float(), size=(32 // stride, 48 // stride), mode="bilinear")[:, 0]
+    assert torch.equal(masks_on_grid(masks, stride), (resized > 0.5).byte())
+    assert masks_on_grid(masks[:0], stride).shape == (0, 32 // stride, 48 // stride)
