@@ -211,7 +211,7 @@ def best_pairs(
         labels: [M] int64.
         scores: [M] float in [0, 1].
     """
-    scores, factors = logits.sigmoid(), centerness.sigmoid()
+    scores, factors = logits.float().sigmoid(), centerness.float().sigmoid()
     judged = scores * factors[:, None] if threshold_with_centerness else scores
     index, labels = (judged > score_threshold).nonzero(as_tuple=True)
     products = scores[index, labels] * factors[index]
