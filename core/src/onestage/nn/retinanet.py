@@ -5,7 +5,7 @@ and the scale the inner one. A: anchors of all levels, G: ground truths.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -201,20 +201,30 @@ def match_batch(
     legacy: bool = False,
 ) -> Assignment:
     """`match` for each of B images, `targets` in input pixels, `valid` [A] bool each; the rest as there."""
-    index, labels = [], []
-    for i, target in enumerate(targets):
-        matched = match(
-            anchors,
-            target.boxes,
-            negative_iou=negative_iou,
-            positive_iou=positive_iou,
-            force_match=force_match,
-            legacy=legacy,
-            valid=None if valid is None else valid[i],
-        ).index
+    return assignment_of(
+        [
+            match(
+                anchors,
+                target.boxes,
+                negative_iou=negative_iou,
+                positive_iou=positive_iou,
+                force_match=force_match,
+                legacy=legacy,
+                valid=None if valid is None else valid[i],
+            )
+            for i, target in enumerate(targets)
+        ],
+        targets,
+    )
+
+
+def assignment_of(matches: Sequence[Matches], targets: Sequence[Target]) -> Assignment:
+    """The matches of B images as one value, with the classes of `targets`."""
+    index = [matched.index for matched in matches]
+    labels = []
+    for own, target in zip(index, targets, strict=True):
         classes = torch.cat((target.labels, target.labels.new_zeros(1)))  # for images without any
-        index.append(matched)
-        labels.append(torch.where(matched >= 0, classes[matched.clamp(min=0)], matched))
+        labels.append(torch.where(own >= 0, classes[own.clamp(min=0)], own))
     return Assignment(torch.stack(index), torch.stack(labels))
 
 
@@ -229,6 +239,7 @@ def detection_losses(
     gamma: float = 2.0,
     beta: float = 1 / 9,
     legacy: bool = False,
+    code: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Class and box loss summed over a batch; recipes divide them by different numbers.
 
@@ -242,6 +253,7 @@ def detection_losses(
         gamma: Of the focal loss.
         beta: Where smooth L1 becomes linear.
         legacy: Widths are x2 - x1 + 1.
+        code: (anchors, boxes) to the deltas wanted of them, [N, 4] each; None: `encode`.
 
     Returns:
         Focal loss over anchors and classes, smooth L1 over positives and coordinates; each connected to its outputs
@@ -252,7 +264,8 @@ def detection_losses(
     box_loss = 0 * deltas.sum()
     for i, index in enumerate(assignment.index):
         positive = (index >= 0).nonzero().flatten()
-        wanted = encode(anchors[positive], boxes[i][index[positive]], legacy)
+        pairs = anchors[positive], boxes[i][index[positive]]
+        wanted = encode(*pairs, legacy) if code is None else code(*pairs)
         box_loss = box_loss + F.smooth_l1_loss(deltas[i, positive].float(), wanted, reduction="sum", beta=beta)
     return class_loss, box_loss
 
