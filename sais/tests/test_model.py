@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import sais
@@ -70,7 +71,7 @@ def test_fusion_adds_no_parameters_and_the_detector_alone_has_no_mask_parts():
     [(R50_768, 768, [96, 48, 24, 12, 6], 12_276), (R50_640, 640, [80, 40, 20, 10, 5], 8_525)],
 )
 def test_shapes_at_the_papers_sizes(config, side, levels, locations):
-    with torch.device("meta"):
+    with FakeTensorMode():
         raw = SAIS(config).train().raw_outputs(torch.empty(1, 3, side, side))
     assert raw.sizes == [(level, level) for level in levels]
     assert raw.logits.shape == (1, locations, 80)
@@ -128,6 +129,16 @@ def test_distances_are_the_exponential_of_the_scaled_output(model):
         raw = head([torch.randn(1, 64, side, side) for side in (4, 2, 1, 1, 1)])
     assert_close(raw.distances[0, 0], (2 * bias).exp())
     assert_close(raw.distances[0, -1], bias.exp())
+
+
+@torch.no_grad()
+def test_mixed_precision_does_not_round_distances(model):
+    model.head.distances.weight.zero_()
+    model.head.distances.bias.fill_(4.1)  # 4.09375 in bf16, 0.6 % of the distance
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        raw = model.eval().raw_outputs(torch.randn(1, 3, 64, 64))
+    assert raw.logits.dtype == torch.bfloat16
+    assert_close(raw.distances, torch.full_like(raw.distances, 4.1).exp())
 
 
 def test_prototypes_are_not_negative_and_coefficients_have_both_signs(model):

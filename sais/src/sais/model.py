@@ -118,7 +118,8 @@ class SAISHead(nn.Module):
             cls_feature, box_feature = self.cls_tower(level), self.box_tower(level)
             logits.append(self.logits(cls_feature))
             centerness.append(self.centerness(cls_feature))
-            distances.append(scale(self.distances(box_feature)).float().exp())
+            with torch.autocast(level.device.type, enabled=False):  # one step of bf16 would be 1 % of a box's side
+                distances.append(scale(self.distances(box_feature.float())).exp())
             fused.append(cls_feature + box_feature if self.config.fuse else cls_feature)
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
         coefficients = None
