@@ -18,12 +18,16 @@ from onestage.ops.assemble import crop_window
 from onestage.ops.edges import Profiles, enclosing_boxes, refine_boxes, side_posteriors
 from onestage.ops.mask_loss import masks_on_grid
 from onestage.structures import ImageFrame, Target
+from rdsnet import small
 from rdsnet.config import R50
-from rdsnet.convert import RDSNET_KEYS
+from rdsnet.convert import RDSNET_KEYS, YOLACT_KEYS, config_of
 from rdsnet.decode import Correlation, correlate, decode, select
 from rdsnet.losses import compute_losses, instance_losses
 from rdsnet.model import RDSNet
 from rdsnet.refine import Samples, coordinate_loss
+from rdsnet.small import RDSNetSmall
+from rdsnet.small_losses import VARIANCES, match_anchors
+from rdsnet.small_losses import compute_losses as small_losses
 from rdsnet.targets import assign_targets, mask_instances
 
 pytestmark = pytest.mark.golden
@@ -274,3 +278,95 @@ def _on_canvas(masks, size):
     canvas = masks.new_zeros(len(masks), *size)
     canvas[:, : masks.shape[1], : masks.shape[2]] = masks
     return canvas
+
+
+def test_linear_combination_network(golden):
+    model, case, raw = _yolact(golden)
+    with torch.no_grad():
+        levels = model.fpn([case["c3"], case["c4"], case["c5"]])
+    for ours, theirs in zip(levels, case["fpn"], strict=True):
+        close(ours, theirs)
+    close(raw.logits, case["conf"])
+    close(raw.deltas, case["loc"])
+    close(raw.pixel_vectors.permute(0, 2, 3, 1), case["proto"])
+    close(raw.semantic, case["segm"])
+    centre, sides = (raw.anchors[:, :2] + raw.anchors[:, 2:]) / 2, raw.anchors[:, 2:] - raw.anchors[:, :2]
+    close(torch.cat((centre, sides), 1), case["priors"])
+    everywhere = torch.arange(len(raw.anchors))
+    for image, stored in enumerate(case["mask"]):
+        close(model.vectors_at(raw, image, everywhere), stored)
+
+
+def test_linear_combination_losses(golden):
+    model, case, raw = _yolact(golden)
+    size = case["masks_u8"][0].shape[-2:]
+    targets = []
+    for stored, masks in zip(case["targets"], case["masks_u8"], strict=True):
+        boxes = stored[:, :4] * torch.tensor([size[1], size[0], size[1], size[0]])
+        targets.append(Target(boxes, stored[:, 4].long(), masks, torch.zeros(len(masks), dtype=torch.bool)))
+    for i, stored in enumerate(case["targets"]):
+        index = match_anchors(raw.anchors, stored[:, :4], stored[:0, :4])
+        labels = torch.where(index >= 0, stored[index.clamp(min=0), 4].long() + 1, 0)
+        labels = torch.where(index == retinanet.IGNORED, -1, labels)
+        assert torch.equal(labels, case["conf_t"][i])
+        positive = index >= 0
+        assert torch.equal(index[positive], case["idx_t"][i][positive])
+        deltas = retinanet.encode(raw.anchors[positive], stored[index[positive], :4])
+        close(deltas / torch.tensor(VARIANCES), case["loc_t"][i][positive])
+        assert int(positive.sum()) == int(case["num_pos"][i])
+    losses = small_losses(raw, targets, partial(model.vectors_at, raw), model.config)
+    for ours, theirs in (("box", "B"), ("cls", "C"), ("mask", "M"), ("semantic", "S")):
+        close(losses[f"loss_{ours}"], case["losses"][theirs])
+    sum(losses.values()).backward()
+    parameters = dict(model.named_parameters())
+    for key, norm in case["grad_norms"].items():
+        gradient = parameters[rename(key, YOLACT_KEYS)].grad
+        assert_close(gradient.norm(), norm.to(gradient.dtype), atol=1e-4, rtol=1e-4)
+
+
+def test_linear_combination_detections(golden):
+    model, case, raw = _yolact(golden)
+    raw = type(raw)(*(part.detach() if isinstance(part, torch.Tensor) else part for part in raw))
+    for i, stored in enumerate(case["detections"]):
+        width, height = stored["size_wh"].tolist()
+        kept, boxes = small.select(raw, i, model.config)
+        close(kept.scores, stored["score"])
+        assert torch.equal(kept.labels, stored["cls"])
+        close(boxes, stored["box_rel"])
+        close(model.vectors_at(raw, i, kept.index), stored["coeff"])
+        assert torch.equal(small.in_image(boxes, (height, width)).long(), stored["box_px"])
+        frame = ImageFrame((height, width), (160, 160), (160, 160), (160 / height, 160 / width))
+        alone = raw._replace(
+            logits=raw.logits[i : i + 1],
+            deltas=raw.deltas[i : i + 1],
+            pixel_vectors=raw.pixel_vectors[i : i + 1],
+            features=[feature[i : i + 1].detach() for feature in raw.features],
+        )
+        with torch.no_grad():
+            detect = partial(small.decode, alone, [frame], partial(model.vectors_at, alone), model.config)
+            (found,), (soft,) = detect("binary"), detect("lowres")
+        count = len(stored["masks"])
+        close(soft.soft_masks[:count], stored["soft_proto_res"])
+        _few_pixels(found.masks.to_bool()[:count], stored["masks"].bool())
+        assert torch.equal(found.boxes.long(), stored["box_px"])
+
+
+def _yolact(golden):
+    """YOLACT with the stored tensors, and what it says about the stored features."""
+    case = golden("rdsnet_yolact_lc")
+    state = case["state_dict"]
+    config = config_of(state)
+    model = RDSNetSmall(config)
+    model.fpn = FPN(
+        [len(case[key][0]) for key in ("c3", "c4", "c5")],
+        config.width,
+        top_down="bilinear",
+        relu_outputs=True,
+        relu_p7=False,
+    )
+    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    converted, _ = convert_keys(state, YOLACT_KEYS, wanted)
+    model.load_state_dict(converted, strict=False)
+    size = case["masks_u8"][0].shape[-2:]
+    raw = model.train().head_outputs(model.fpn([case["c3"], case["c4"], case["c5"]]), tuple(size))
+    return model, case, raw

@@ -118,7 +118,7 @@ class Target:
 
 
 def training_targets(
-    targets: Sequence[Target | dict[str, Any]] | None, images: Sequence[Tensor], num_classes: int
+    targets: Sequence[Target | dict[str, Any]] | None, images: Sequence[Tensor], num_classes: int, crowds: bool = False
 ) -> list[Target]:
     """What a training step sees: public dicts checked and completed, then the `usable` instances alone.
 
@@ -126,6 +126,7 @@ def training_targets(
         targets: One per image, in image pixels; None is what a caller forgot.
         images: [3, H, W] each; only their sizes are read.
         num_classes: K.
+        crowds: Keep crowd regions, for a recipe that leaves out what lies in them.
 
     Raises:
         UsageError: no targets, or one that cannot be meant (`Target.from_dict`).
@@ -133,16 +134,18 @@ def training_targets(
     if targets is None:
         raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
     return [
-        usable(t if isinstance(t, Target) else Target.from_dict(t, (image.shape[1], image.shape[2]), num_classes))
+        usable(
+            t if isinstance(t, Target) else Target.from_dict(t, (image.shape[1], image.shape[2]), num_classes), crowds
+        )
         for t, image in zip(targets, images, strict=True)
     ]
 
 
-def usable(target: Target) -> Target:
-    """Drops crowds and boxes under one pixel, as the recipes do. Boxes exclusive, image pixels."""
+def usable(target: Target, crowds: bool = False) -> Target:
+    """Drops crowds, unless `crowds`, and boxes under one pixel, as the recipes do. Boxes exclusive, image pixels."""
     width = target.boxes[:, 2] - target.boxes[:, 0]
     height = target.boxes[:, 3] - target.boxes[:, 1]
-    return target[(width >= 1) & (height >= 1) & ~target.iscrowd]
+    return target[(width >= 1) & (height >= 1) & (~target.iscrowd | crowds)]
 
 
 MASK_OUTPUTS = ("bool", "prob", "rle", "packed", "lowres", "none")

@@ -1,7 +1,7 @@
 """Official RDSNet and YOLACT checkpoints to ours, every tensor accounted for.
 
-`python -m rdsnet.convert --from FILE --to FILE` is the command. RDSNet's files hold no MBRM: its ten numbers, baked into
-the released code, are put in.
+`python -m rdsnet.convert --from FILE --to FILE` is the command. RDSNet's files hold no MBRM: its ten numbers, baked
+into the released code, are put in.
 """
 
 from __future__ import annotations
@@ -37,8 +37,13 @@ _OBJECTS: KeyRules = (
     (r"bbox_head\.retina_reg\.(weight|bias)", r"head.deltas.\1"),
     (r"bbox_head\.retina_rep\.(weight|bias)", r"object_vectors.out.\1"),
 )
-_UNITS = (("lateral_convs.0.0", "lateral.0.0"), ("lateral_convs.1.0", "lateral.1.0"))
-_UNITS += (("lateral_convs.2.0", "lateral.2.0"), ("lateral_convs.2.2", "lateral.2.1"), ("final_convs.0.0", "fused"))
+_UNITS = (
+    ("lateral_convs.0.0", "lateral.0.0"),
+    ("lateral_convs.1.0", "lateral.1.0"),
+    ("lateral_convs.2.0", "lateral.2.0"),
+    ("lateral_convs.2.2", "lateral.2.1"),
+    ("final_convs.0.0", "fused"),
+)
 _PIXELS: KeyRules = (
     *(
         (rf"mask_head\.{re.escape(theirs)}\.{part}\.(weight|bias)", rf"pixel_vectors.{ours}.{number}.\1")
@@ -58,7 +63,7 @@ YOLACT_KEYS: KeyRules = (
     *((rf"fpn\.pred_layers\.{i}\.(weight|bias)", rf"fpn.output.{2 - i}.\1") for i in range(3)),
     *((rf"fpn\.downsample_layers\.{i}\.(weight|bias)", rf"fpn.extra.{i}.\1") for i in range(2)),
     *((rf"proto_net\.{theirs}\.(weight|bias)", rf"pixel_vectors.{ours}.\1") for theirs, ours in _PROTONET),
-    (r"prediction_layers\.0\.upfeature\.0\.(weight|bias)", r"head.shared.0.\1"),
+    (r"prediction_layers\.0\.upfeature\.0\.(weight|bias)", r"head.shared.0.0.\1"),
     (r"prediction_layers\.0\.bbox_layer\.(weight|bias)", r"head.deltas.\1"),
     (r"prediction_layers\.0\.conf_layer\.(weight|bias)", r"head.logits.\1"),
     (r"prediction_layers\.0\.mask_layer\.(weight|bias)", r"head.vectors.\1"),
@@ -130,7 +135,7 @@ def config_of(state: dict[str, Tensor]) -> RDSNetConfig:
         return config
     raise WeightsError(
         f"neither an RDSNet nor a YOLACT checkpoint: its first keys are {some(sorted(state), 3)}",
-        "pass a file of the authors' models (keys bbox_head.retina_rep.weight or prediction_layers.0.conf_layer.weight)",
+        "pass a file of the authors (keys bbox_head.retina_rep.weight, or prediction_layers.0.conf_layer.weight)",
     )
 
 

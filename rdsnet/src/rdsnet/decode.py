@@ -85,7 +85,7 @@ class Correlation:
         height, width = self.input_size or logits.shape[-2:]
         logits = logits[:, :, :height, :width]
         soft = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)[0].sigmoid()
-        return soft * _inside(windows, size)
+        return soft * inside(windows, size)
 
     def logits(self) -> Tensor:
         """[N, h, w] log odds of the foreground on the vectors' grid, not cropped (Eq. 1 and 2)."""
@@ -252,8 +252,8 @@ def _public(boxes: Tensor, size: Size) -> Tensor:
     return box_ops.clip(box_ops.from_legacy(boxes), size)
 
 
-def _inside(windows: Tensor, size: Size) -> Tensor:
-    """[N, height, width] bool."""
+def inside(windows: Tensor, size: Size) -> Tensor:
+    """[N, height, width] bool, true in each of the windows [N, 4]."""
     y = torch.arange(size[0], device=windows.device)
     x = torch.arange(size[1], device=windows.device)
     left, top, right, bottom = windows[:, :, None].unbind(1)

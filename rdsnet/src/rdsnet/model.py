@@ -72,7 +72,7 @@ class RDSNet(nn.Module):
         if not self.training:
             found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
-        batch = self.training_batch(images, targets or [])
+        batch = self.training_batch(images, targets)
         raw = self.raw_outputs(batch.pixels)
         assigned = assign_targets(batch.targets or [], batch.frames, raw, self.config)
         return compute_losses(raw, assigned, partial(self.vectors_at, raw), self.config)
@@ -82,7 +82,7 @@ class RDSNet(nn.Module):
         """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
         return self._detect(images, "binary" if masks else "none")
 
-    def training_batch(self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]]) -> Batch:
+    def training_batch(self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None) -> Batch:
         """Images and their usable instances as the losses see them: boxes inclusive, input pixels."""
         truth = training_targets(targets, images, self.config.num_classes)
         return prepare_batch(images, truth, self.config.input, training=True, legacy_boxes=True)
