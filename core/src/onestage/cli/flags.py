@@ -98,11 +98,13 @@ class Train(Model, Data, Common):
     ema: float | None = None  # decay of averaged weights
     grad_clip: float | None = None  # largest global norm of the gradients
     drop_empty: Switch = False  # leave out images without annotations
-    eval_every: int | None = None  # steps between evaluations; default: an epoch; 0: at the end only
-    save_every: int | None = None  # steps between checkpoints; default: an epoch; 0: at the end only
+    eval_every: int | None = (
+        None  # steps between evaluations; default: an epoch or a tenth of --steps; 0: only at the end
+    )
+    save_every: int | None = None  # steps between checkpoints; default: as above; 0: at the end only
     log_every: int = 20  # steps between rows of metrics
     nan_policy: Literal["stop", "skip"] = "stop"  # what a loss that is not finite does
-    overfit: int | None = None  # train and evaluate on the first N training images, augmentation off
+    overfit: int | None = None  # learn the first N training images by heart: no augmentation, evaluated on themselves
     replay: Path | None = None  # repeat the step that a crash-<step>.pt holds
 
 

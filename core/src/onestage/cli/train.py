@@ -27,6 +27,8 @@ from onestage.nn.imagenet import load_imagenet
 
 logger = logging.getLogger("onestage")
 
+OVERFIT_STEPS = 200
+
 
 def run(method: Method, call: Call) -> dict[str, Any]:
     """Trains and returns what `--json` prints."""
@@ -81,7 +83,7 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     train_set, val_set = _data(method, call, config)
     config = replace(config, num_classes=len(train_set.categories))
     if flags.overfit is not None:
-        config = replace(config, input=replace(config.input, augmentation="none"))
+        config = _by_heart(config, flags)
 
     torch.manual_seed(flags.seed)
     model = method.build(config)
@@ -154,6 +156,15 @@ def _config(method: Method, call: Call, info: WeightsInfo | None) -> Any:
         colours = replace(config.input, channel_order="rgb", mean=IMAGENET_MEAN, std=IMAGENET_STD)
         config = replace(config, backbone=replace(config.backbone, stride_in_1x1=False), input=colours)
     return config
+
+
+def _by_heart(config: Any, flags: Any) -> Any:
+    """For --overfit: no augmentation, and steps enough where no length is given; an epoch is a step or two there."""
+    schedule = config.schedule
+    if flags.epochs is None and flags.steps is None:
+        batch = min(schedule.batch_size, max(1, flags.overfit // 2))
+        schedule = replace(schedule, unit="steps", length=OVERFIT_STEPS, milestones=(), batch_size=batch)
+    return replace(config, schedule=schedule, input=replace(config.input, augmentation="none"))
 
 
 def _data(method: Method, call: Call, config: Any) -> tuple[Any, Any]:
