@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +74,8 @@ def write(flags: SynthFlags) -> None:
     except OSError as error:
         raise MachineError(f"'{flags.folder}' cannot be written: {error.strerror}", "name another folder") from None
     print(f"{flags.train} + {flags.val} images in {flags.folder}", file=sys.stderr)
-    print(f"next: python -m sipmask.train --small --data {flags.folder}", file=sys.stderr)
+    for package in sorted(entry_points(group="onestage.methods").names)[:1]:
+        print(f"next: python -m {package}.train --small --data {flags.folder}", file=sys.stderr)
     if flags.json:
         print(json.dumps({"data": str(flags.folder), "train": flags.train, "val": flags.val}))
 
