@@ -95,19 +95,22 @@ class FitOptions:
 
 
 def train_refinement(model: RDSNet, train_set: Any, options: FitOptions | None = None) -> RDSNetConfig:
-    """Trains MBRM of a trained detector in place.
-
-    Returns:
-        The model's config, from now on with refined boxes; the model has it too.
-    """
+    """Trains MBRM of a trained detector in place; returns the model's new config."""
     options = options or FitOptions()
     samples = list(collect(model, train_set, options))
     weight, bias = fit(samples, model.config.refine, options)
-    with torch.no_grad():
-        model.mbrm.weight.copy_(weight.view(1, 1, -1))
-        model.mbrm.bias.copy_(bias)
-    model.config = replace(model.config, inference=replace(model.config.inference, refine="mbrm"))
+    install(model, model.config.refine, weight, bias)
     return model.config
+
+
+def install(model: RDSNet, config: RefineConfig, weight: Tensor, bias: Tensor) -> None:
+    """Puts a trained kernel [2 s + 1] and bias [1] into a model, whose boxes are refined from now on."""
+    mbrm = MBRM(config)
+    mbrm.weight.copy_(weight.view(1, 1, -1))
+    mbrm.bias.copy_(bias)
+    model.mbrm = mbrm.to(model.mbrm.bias.device)
+    inference = replace(model.config.inference, refine="mbrm")
+    model.config = replace(model.config, refine=config, inference=inference)
 
 
 @torch.no_grad()
