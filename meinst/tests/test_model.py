@@ -81,6 +81,17 @@ def test_an_empty_image_may_stand_anywhere_in_the_batch():
         assert all(value.isfinite() for value in model(_images(2), targets).values())
 
 
+def test_half_precision_trains_and_finds():
+    model = _model(deformable="last")
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train()(_images(), [LEFT_AND_RIGHT])
+        found = model.eval().detect(_images())[0]
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert all(value.isfinite() for value in losses.values())
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    assert len(found.masks) > 0
+
+
 def test_training_without_targets_says_so():
     with pytest.raises(UsageError, match="training needs targets"):
         _model().train()(_images())

@@ -6,6 +6,7 @@ Masks come as a stream of chunks, so a data set may have any size: memory holds 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from meinst.codec import Encoding, MaskCodec, mean_iou, noisy_logits, pixel_confusion
 from meinst.config import MEInstConfig
@@ -151,7 +153,8 @@ def prepare_codec(model: nn.Module, train_set: Any) -> None:
         model.codec.load(Encoding.read(config.encoding_file))
         LOG.info("encoding: %s", config.encoding_file)
         return
-    encoding = fit(dataset_masks(train_set, config.mask_size), [config.code_length], config)[config.code_length]
+    masks = with_progress(dataset_masks(train_set, config.mask_size), "fit encoding", None, disable=None)
+    encoding = fit(masks, [config.code_length], config)[config.code_length]
     model.codec.load(encoding)
     share = float(encoding.ratio[0].sum())
     LOG.info(
@@ -160,6 +163,21 @@ def prepare_codec(model: nn.Module, train_set: Any) -> None:
         encoding.facts["masks"],
         100 * share,
     )
+
+
+def with_progress(chunks: Iterator[Chunk], what: str, total: int | None, *, disable: bool | None) -> Iterator[Chunk]:
+    """The same chunks with a bar on stderr that counts masks.
+
+    Args:
+        chunks: Masks.
+        what: Stands before the bar.
+        total: Number of masks, if it is known.
+        disable: No bar; None: none where stderr is no terminal.
+    """
+    with tqdm(total=total, desc=what, unit="mask", disable=disable, leave=False, file=sys.stderr) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk[0]))
 
 
 class _Fit:

@@ -45,7 +45,7 @@ def run(words: list[str]) -> int:
     source = _checked(flags)
     # The imports are here because these modules load torch.
     from meinst.config import MEInstConfig
-    from meinst.fit import annotation_masks, fit, reconstruct
+    from meinst.fit import annotation_masks, fit, reconstruct, with_progress
 
     annotations = _read(source)
     measured = annotations if flags.evaluate is None else _read(flags.evaluate)
@@ -57,11 +57,14 @@ def run(words: list[str]) -> int:
         class_agnostic=not flags.class_specific,
     )
     lengths = sorted({flags.length, *flags.lengths})
-    stream = annotation_masks(annotations, flags.mask_size, flags.limit)
-    encodings = fit(_shown(stream, annotations, "fit", flags), lengths, config, batch=flags.batch, seed=flags.seed)
-    stream = annotation_masks(measured, flags.mask_size, flags.limit)
+
+    def masks_of(source: Annotations, what: str) -> Iterator[Chunk]:
+        masks = annotation_masks(source, flags.mask_size, flags.limit)
+        return with_progress(masks, what, _count(source, flags), disable=flags.quiet)
+
+    encodings = fit(masks_of(annotations, "fit"), lengths, config, batch=flags.batch, seed=flags.seed)
     values = [encodings[length] for length in lengths]
-    ious = reconstruct(_shown(stream, measured, "reconstruct", flags), values, config)
+    ious = reconstruct(masks_of(measured, "reconstruct"), values, config)
 
     encoding = encodings[flags.length]
     rows = [_row(length, encodings[length], iou) for length, iou in zip(lengths, ious, strict=True)]
@@ -110,16 +113,9 @@ def _read(path: Path) -> Annotations:
     return read_annotations(locate(path, "train").json if path.is_dir() else path)
 
 
-def _shown(chunks: Iterator[Chunk], annotations: Annotations, what: str, flags: FitEncoding) -> Iterator[Chunk]:
-    """The same chunks with a bar on stderr that counts masks."""
-    from tqdm import tqdm
-
+def _count(annotations: Annotations, flags: FitEncoding) -> int:
     total = int((~annotations.crowds).sum())
-    total = total if flags.limit is None else min(total, flags.limit)
-    with tqdm(total=total, desc=what, unit="mask", disable=flags.quiet, leave=False, file=sys.stderr) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk[0]))
+    return total if flags.limit is None else min(total, flags.limit)
 
 
 def _row(length: int, encoding: Encoding, iou: float) -> dict[str, Any]:
