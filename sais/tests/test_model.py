@@ -185,6 +185,14 @@ def test_every_switch_trains_and_detects(pictures, change):
     assert ("masks" in model(pictures)[0]) == (change != {"masks": False})
 
 
+def test_losses_are_fp32_under_mixed_precision(model, pictures):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model.train()(pictures, _truths(pictures))
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 def test_a_batch_without_instances_trains(model, pictures):
     losses = model.train()(pictures, _truths(pictures, ()))
     sum(losses.values()).backward()

@@ -46,10 +46,11 @@ def compute_losses(raw: RawOutput, targets: SAISTargets, config: SAISConfig) -> 
             raw.logits.flatten(0, 1), answers.labels.flatten(), config.focal_alpha, config.focal_gamma
         )
         / (count + len(raw.logits)),
-        "loss_box": box_loss(raw.distances[positive], ltrb, centerness, config) + 0 * raw.distances.sum(),
-        "loss_centerness": F.binary_cross_entropy_with_logits(raw.centerness[positive], centerness, reduction="sum")
-        / count.clamp(min=1.0)
-        + 0 * raw.centerness.sum(),
+        "loss_box": box_loss(raw.distances[positive], ltrb, centerness, config),
+        "loss_centerness": F.binary_cross_entropy_with_logits(
+            raw.centerness[positive].float(), centerness, reduction="sum"
+        )
+        / count.clamp(min=1.0),
     }
     if config.masks:
         losses["loss_mask"] = config.mask_weight * mask_loss(raw, targets, config) / count.clamp(min=1.0)
