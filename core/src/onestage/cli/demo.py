@@ -21,7 +21,7 @@ from onestage.cli.runs import environment, open_run
 from onestage.cli.train import options_of, train_in
 from onestage.data.synth import ShapesDataset
 from onestage.engine import distributed
-from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, write_atomically
+from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, save_weights, write_atomically
 from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.evaluate import evaluate
 from onestage.method import Method
@@ -60,11 +60,20 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         options = options_of(flags, eval_every=third, save_every=0, log_every=10, eval_batch=10)
         result = train_in(run, method, call, model, config, train_set, held_out, options, info)
         # What is shown and measured are the weights that are kept.
-        load_into(model, load_weights(result.weights, package=method.name)[0], info)
-        if result.best_step < result.steps:  # results.json is that of the last evaluation
-            _, results = evaluate(model, held_out, batch_size=10, precision=flags.precision, progress=not flags.quiet)
+        state, stored = load_weights(result.weights, package=method.name)
+        load_into(model, state, info)
+        if method.finish is not None:
+            logger.info("second stage")
+            save_weights(
+                result.weights, model.state_dict(), replace(stored, config=asdict(method.finish(model, train_set)))
+            )
+        if method.finish is not None or result.best_step < result.steps:  # else the last evaluation's
+            metrics, results = evaluate(
+                model, held_out, batch_size=10, precision=flags.precision, per_class=True, progress=not flags.quiet
+            )
             write_atomically(run.folder / "results.json", json.dumps(results).encode())
-        metrics = _metrics_of(run.folder / "results.json", held_out)
+        else:
+            metrics = _metrics_of(run.folder / "results.json", held_out)
         run.write("metrics.json", metrics)
         examples = _examples(model, held_out)
         samples = _write_samples(run.folder / "images", examples)
@@ -81,7 +90,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
             label=LABEL,
             numbers=[
                 ("mask AP", f"{100 * metrics['segm/AP']:.1f}"),
-                ("box AP", f"{100 * metrics['bbox/AP']:.1f}"),
+                *_box_numbers(metrics),
                 ("training, min", f"{result.seconds / 60:.1f}"),
                 ("parameters, million", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"),
             ],
@@ -100,12 +109,18 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         for what, command in commands:
             logger.info("  # %s\n  %s", what, command.replace("\n", "\n  "))
         return {
-            "segm/AP": metrics["segm/AP"],
-            "bbox/AP": metrics["bbox/AP"],
+            **{name: metrics[name] for name in ("segm/AP", "bbox/AP", "unrefined_bbox/AP") if name in metrics},
             "seconds": round(run.seconds, 1),
             "page": str(page),
             "run": str(run.folder),
         }
+
+
+def _box_numbers(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    after = f"{100 * metrics['bbox/AP']:.1f}"
+    if "unrefined_bbox/AP" not in metrics:
+        return [("box AP", after)]
+    return [("box AP before refinement", f"{100 * metrics['unrefined_bbox/AP']:.1f}"), ("box AP after", after)]
 
 
 def _metrics_of(results: Path, held_out: Any) -> dict[str, float]:
@@ -128,7 +143,7 @@ def _examples(model: Any, held_out: Any) -> list[Example]:
             Example(
                 image,
                 Instances(truth.boxes, truth.labels, truth.masks.bool()),
-                Instances(found.boxes, found.labels, found.masks.to_bool(), found.scores),
+                Instances(found.boxes, found.labels, found.masks.to_bool(), found.scores, found.unrefined_boxes),
             )
         )
     return examples

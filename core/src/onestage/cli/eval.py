@@ -44,10 +44,14 @@ def say_metrics(metrics: Mapping[str, float]) -> None:
     """Writes the table of metrics for people."""
     columns = [name for name in COLUMNS if any(f"{kind}/{name}" in metrics for kind in ("bbox", "segm"))]
     logger.info("%6s%s", "", "".join(f"{name:>8}" for name in columns))
-    for kind in ("bbox", "segm"):
+    for kind in ("unrefined_bbox", "bbox", "segm"):
         if f"{kind}/AP" in metrics:
             values = [metrics.get(f"{kind}/{name}", -1.0) for name in columns]
-            logger.info("%6s%s", kind, "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values))
+            logger.info(
+                "%6s%s",
+                "before" if kind == "unrefined_bbox" else kind,
+                "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values),
+            )
     for name, value in metrics.items():
         kind, _, rest = name.partition("/AP/")
         if rest and kind == "segm":

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 SHOWN_WIDTH = 420  # px of a picture in the file; screens show about 260
 CLASS_COLOURS = ((42, 120, 214), (235, 104, 52), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
+DASH = 6  # px, and as much between two
+BEFORE_COLOUR, AFTER_COLOUR = (255, 255, 255), (20, 20, 20)  # boxes before and after refinement
 CHART = (440.0, 250.0, 44.0, 14.0, 12.0, 30.0)  # width, height; margins left, right, top, bottom
 
 
@@ -29,12 +31,14 @@ class Instances:
         labels: [N] int64, 0..K-1.
         masks: [N, H, W] bool.
         scores: [N] float in 0..1, or None for ground truth.
+        unrefined_boxes: [N, 4] where a method moved boxes; then both are drawn.
     """
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor
     scores: Tensor | None = None
+    unrefined_boxes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,6 +110,7 @@ def render(
         legend=[(name, "rgb({}, {}, {})".format(*_colour(k))) for k, name in enumerate(names)],
         charts=charts,
         table=_metric_rows(metrics),
+        refined="unrefined_bbox/AP" in metrics,
         classes=[
             (name, _percent(metrics, f"bbox/AP/{name}"), _percent(metrics, f"segm/AP/{name}"))
             for name in names
@@ -139,6 +144,8 @@ def draw(image: Tensor, instances: Instances, names: Sequence[str]) -> Image.Ima
         canvas = torch.where(inside, grey * 0.4 + colour * 0.6, canvas)
         canvas = torch.where(grown & ~inside, torch.full_like(canvas, 255.0), canvas)
     picture = Image.fromarray(canvas.round().to(torch.uint8).permute(1, 2, 0).numpy())
+    if instances.unrefined_boxes is not None:
+        _draw_boxes(picture, instances, factor)
     if instances.scores is not None:
         _write_scores(picture, instances, names, factor)
     return picture
@@ -189,6 +196,21 @@ def chart(title: str, x_name: str, lines: Sequence[Line], *, y_max: float | None
     }
 
 
+def _draw_boxes(picture: Image.Image, instances: Instances, factor: float) -> None:
+    """Boxes before (dashed) and after (whole) they were refined."""
+    assert instances.unrefined_boxes is not None
+    pen = ImageDraw.Draw(picture)
+    for before, after in zip(instances.unrefined_boxes * factor, instances.boxes * factor, strict=True):
+        x0, y0, x1, y1 = before.tolist()
+        for start in range(int(x0), int(x1), 2 * DASH):
+            for y in (y0, y1):
+                pen.line((start, y, min(start + DASH, x1), y), fill=BEFORE_COLOUR, width=2)
+        for start in range(int(y0), int(y1), 2 * DASH):
+            for x in (x0, x1):
+                pen.line((x, start, x, min(start + DASH, y1)), fill=BEFORE_COLOUR, width=2)
+        pen.rectangle(after.tolist(), outline=AFTER_COLOUR, width=2)
+
+
 def _write_scores(picture: Image.Image, instances: Instances, names: Sequence[str], factor: float) -> None:
     assert instances.scores is not None
     pen = ImageDraw.Draw(picture)
@@ -222,7 +244,7 @@ def _ticks(end: float) -> list[float]:
     return [round(step * k, 10) for k in range(math.ceil(end / step * 0.999) + 1)]
 
 
-def _metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str, str]]:
+def _metric_rows(metrics: dict[str, float]) -> list[tuple[str, ...]]:
     rows = [
         ("AP", "AP", "mean over IoU 0.50 to 0.95"),
         ("AP50", "AP50", "at IoU 0.50"),
@@ -232,7 +254,8 @@ def _metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str, str]]:
         ("APl", "AP large", "above 96² px"),
         ("AR100", "AR", "recall with 100 detections"),
     ]
-    return [(n, _percent(metrics, f"bbox/{key}"), _percent(metrics, f"segm/{key}"), what) for key, n, what in rows]
+    kinds = ("unrefined_bbox", "bbox", "segm")
+    return [(name, what, *(_percent(metrics, f"{kind}/{key}") for kind in kinds)) for key, name, what in rows]
 
 
 def _percent(metrics: dict[str, float], key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ def evaluate(
         progress: Show a bar on stderr.
 
     Returns:
-        Metrics by name, such as "segm/AP", and the results in COCO's JSON form.
+        Metrics by name, such as "segm/AP", and the results in COCO's JSON form. Of a model that refines boxes,
+        "unrefined_bbox/AP" and so on say how good they were before.
     """
     if len(dataset) == 0:
         raise DatasetError("the data set to evaluate on has no images", "check the annotations and their folder")
-    evaluator = CocoEvaluator(
-        dataset.coco_gt(), categories or dataset.categories, iou_types=tuple(iou_types), max_dets=tuple(max_dets)
-    )
+    labels = categories or dataset.categories
+    evaluator = CocoEvaluator(dataset.coco_gt(), labels, iou_types=tuple(iou_types), max_dets=tuple(max_dets))
+    before = CocoEvaluator(dataset.coco_gt(), labels, iou_types=("bbox",), max_dets=tuple(max_dets))
     if device is not None:
         model.to(device)
     where = next(model.parameters()).device
@@ -84,11 +86,19 @@ def evaluate(
         for images, targets in loader:
             found = model.detect([image.to(where, non_blocking=True) for image in images])
             for target, detections in zip(targets, found, strict=True):
-                evaluator.add(target.image_id, detections.to("cpu"))
+                detections = detections.to("cpu")
+                evaluator.add(target.image_id, detections)
+                if detections.unrefined_boxes is not None and "bbox" in iou_types:
+                    before.add(target.image_id, replace(detections, boxes=detections.unrefined_boxes, masks=None))
             bar.update(len(images))
     model.train(was_training)
     if distributed.world_size() > 1:
-        for results in distributed.gather(evaluator.results()):
-            evaluator.merge(results)
-    metrics = evaluator.summarize(per_class) if distributed.rank_zero() else None
+        for part in (evaluator, before):
+            for results in distributed.gather(part.results()):
+                part.merge(results)
+    metrics = None
+    if distributed.rank_zero():
+        metrics = evaluator.summarize(per_class)
+        if before.results():
+            metrics |= {f"unrefined_{name}": value for name, value in before.summarize().items()}
     return distributed.broadcast(metrics), evaluator.results()
