@@ -51,8 +51,8 @@ class SPRNetConfig:
 
 
 def input_of(short: int) -> InputConfig:
-    """Images whose short side is `short` px, in training and tests; the long side is capped in RetinaNet's ratio."""
-    size = (short, round(short * 1333 / 800))
+    """Images whose short side is `short` px, in training and tests; the long side is capped as in RetinaNet's paper."""
+    size = (short, round(short * 5 / 3))
     return InputConfig(test_size=size, train_sizes=(size,), augmentation="none")
 
 
@@ -78,12 +78,13 @@ R50_800 = SPRNetConfig()
 R50_500 = replace(R50_800, input=input_of(500))
 R101_800 = replace(R50_800, backbone=R101_TRUNK)
 
-# Trained from nothing on a laptop: batch norm learns, anchors fit small pictures.
+# Trained from nothing on a laptop: batch norm learns; anchors and positive pixels for small pictures.
 SMALL = SPRNetConfig(
     width=64,
     tower_depth=2,
     decoder_width=64,
-    anchor_size=2.0,
+    anchor_size=3.0,
+    mask_iou=0.6,
     backbone=BackboneConfig(name="resnet18", norm="train", frozen_stages=0),
     input=replace(input_of(256), augmentation="flip"),
     schedule=ScheduleConfig(optimizer="adamw", lr=2e-3, batch_size=8, length=40, policy="onecycle", clip_norm=10.0),
@@ -93,7 +94,7 @@ DEMO = replace(
     SMALL,
     num_classes=3,
     input=InputConfig(resize="fixed", test_size=(128, 128), train_sizes=((128, 128),)),
-    schedule=replace(SMALL.schedule, unit="steps", length=800),
+    schedule=replace(SMALL.schedule, unit="steps", length=700),
 )
 
 VARIANTS = {
