@@ -57,7 +57,7 @@ def test_codes_and_decoded_masks(golden, whiten, noisy):
     name = f"whiten{whiten:d}_sigmoid{noisy:d}"
     if f"{name}/encoded" not in case:
         pytest.skip(f"{name} is not in this meinst_codec file")
-    codec = _codec(case, replace(R50, whiten=whiten, noisy_logits=noisy))
+    codec = _codec(case, replace(_config(case), whiten=whiten, noisy_logits=noisy))
     noise = case.get(f"{name}/uniform")
     if noisy:
         assert_close(noisy_logits(case["masks"].flatten(1).float(), noise), case[f"{name}/logits"], atol=1e-5, rtol=0)
@@ -133,7 +133,7 @@ def test_targets_losses_and_gradients(golden, variant):
         pytest.skip(f"{variant} is not in this meinst_train file")
     case = {key.removeprefix(f"{variant}/"): value for key, value in file.items() if key.startswith(f"{variant}/")}
     num_classes = file["in/p3/cls"].shape[1]
-    config = replace(R50, num_classes=num_classes, **TRAINING[variant])
+    config = replace(_config(file), num_classes=num_classes, **TRAINING[variant])
     outputs = {kind: value.requires_grad_() for kind, value in _stored(file, "in/").items()}
     raw = _raw(outputs, [tuple(size) for size in file["feature_sizes"].tolist()])
     targets = assign_targets(_targets(file, len(file["image_sizes"])), raw, config)
@@ -178,7 +178,7 @@ def test_inference(golden, name):
     case = golden("meinst_infer")
     if f"{name}/in/p3/cls" not in case:
         pytest.skip(f"{name} is not in this meinst_infer file")
-    config = replace(R50, num_classes=case[f"{name}/in/p3/cls"].shape[1])
+    config = replace(_config(case), num_classes=case[f"{name}/in/p3/cls"].shape[1])
     config = replace(config, inference=replace(config.inference, threshold_with_centerness=name == "thresh_with_ctr"))
     sizes = [tuple(case[f"{name}/in/{level}/cls"].shape[-2:]) for level in LEVELS]
     raw = _raw(_stored(case, f"{name}/in/"), sizes)
@@ -272,6 +272,11 @@ def _head(state):
     head = MEInstHead(config)
     head.load_state_dict(convert_head(state, config)[0])
     return head
+
+
+def _config(case):
+    _, length, pixels = case["components_c"].shape
+    return replace(R50, code_length=length, mask_size=round(pixels**0.5))
 
 
 def _codec(case, config):
