@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onestage.masks import Masks
-from onestage.ops.dispatch import wants_triton
+from onestage.ops.dispatch import refuse_forced_kernel
 
 Size = tuple[int, int]
 
@@ -105,8 +105,7 @@ def assemble_masks(
     Returns:
         N masks of `output_size`.
     """
-    if wants_triton("assemble", basis, coefficients):
-        raise NotImplementedError
+    refuse_forced_kernel("assemble")
     with torch.autocast(basis.device.type, enabled=False):
         return assemble_masks_torch(
             basis,

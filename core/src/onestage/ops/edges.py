@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from onestage.masks import Masks
 from onestage.ops.assemble import Size, assemble_masks_torch
-from onestage.ops.dispatch import wants_triton
+from onestage.ops.dispatch import refuse_forced_kernel
 
 PRIOR_CUT = 0.0044  # the prior is 0 where it is not larger: beyond 3.294 deviations
 LEAST_DEVIATION = 1.0  # pixels
@@ -66,8 +66,7 @@ def assemble_with_profiles(
     Returns:
         N masks of `output_size` and their profiles.
     """
-    if wants_triton("edges", basis, coefficients):
-        raise NotImplementedError
+    refuse_forced_kernel("edges")
     with torch.autocast(basis.device.type, enabled=False):
         return assemble_with_profiles_torch(
             basis,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import ops
 
 from onestage.masks import Masks
-from onestage.ops.dispatch import wants_triton
+from onestage.ops.dispatch import refuse_forced_kernel
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Masks:
@@ -29,8 +29,7 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
     Returns:
         N masks of the image's size.
     """
-    if wants_triton("paste", probabilities, boxes):
-        raise NotImplementedError
+    refuse_forced_kernel("paste")
     with torch.autocast(boxes.device.type, enabled=False):
         return paste_masks_torch(probabilities, boxes, size, threshold)
 
