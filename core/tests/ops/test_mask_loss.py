@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from onestage.ops import mask_loss
-from onestage.ops.mask_loss import masks_on_grid, window_mask_loss
+from onestage.ops.mask_loss import masks_on_grid, mined_mask_loss, window_mask_loss
 from onestage.testing import coco_like_boxes, dense_mask_loss
 
 BOXES = torch.tensor(
@@ -144,3 +144,59 @@ def test_masks_shrink_as_a_bilinear_resize_above_one_half(stride):
     resized = F.interpolate(masks[:, None].float(), size=(32 // stride, 48 // stride), mode="bilinear")[:, 0]
     assert torch.equal(masks_on_grid(masks, stride), (resized > 0.5).byte())
     assert masks_on_grid(masks[:0], stride).shape == (0, 32 // stride, 48 // stride)
+
+
+def test_mining_keeps_the_hardest_background_by_hand():
+    logits = torch.tensor([[[4.0, -1.0, 2.0, 3.0, 9.0]]])
+    masks = torch.tensor([[[1, 0, 0, 0, 0]]])
+    window = torch.tensor([[0, 0, 4, 1]])  # the last and hardest is outside
+    index = torch.tensor([0])
+    for negatives, kept in (
+        (1.0, [3.0]),
+        (1.5, [3.0, 2.0]),
+        (2.0, [3.0, 2.0]),
+        (9.0, [3.0, 2.0, -1.0]),
+        (None, [3, 2, -1]),
+    ):
+        loss, count = mined_mask_loss(logits, torch.ones(1, 1), window, masks, index, negatives=negatives)
+        expected = F.softplus(torch.tensor([-4.0, *kept])).sum()
+        torch.testing.assert_close(loss[0], expected)
+        assert count.tolist() == [1 + len(kept)]
+
+
+def test_mining_without_foreground_keeps_nothing():
+    logits = torch.randn(1, 4, 4, requires_grad=True)
+    nothing = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    whole = torch.tensor([[0, 0, 4, 4]])
+    loss, count = mined_mask_loss(logits, torch.ones(1, 1), whole, nothing, torch.tensor([0]))
+    loss.sum().backward()
+    assert loss.item() == 0
+    assert count.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("pass_pixels", [0, 10**9])  # each window alone, all together
+@pytest.mark.parametrize("negatives", [0.5, 1.0, None])
+def test_mined_losses_and_gradients_equal_dense_autograd(negatives, pass_pixels, monkeypatch):
+    monkeypatch.setattr(mask_loss, "PASS_PIXELS", pass_pixels)
+    basis, coefficients, boxes, masks, index = problem((1, 1))
+    windows = mask_loss.crop_window(boxes, (9, 11))
+    ours, counts = mined_mask_loss(basis, coefficients, windows, masks, index, negatives=negatives)
+    expected = []
+    for weights, mask, (x0, y0, x1, y1) in zip(coefficients, masks[index], windows.tolist(), strict=True):
+        logits = torch.einsum("d,dhw->hw", weights, basis)[y0:y1, x0:x1].flatten()
+        foreground = mask[y0:y1, x0:x1].flatten() > 0
+        losses = F.binary_cross_entropy_with_logits(logits, foreground.to(logits.dtype), reduction="none")
+        background = losses[~foreground].sort(descending=True).values
+        if negatives is not None:
+            background = background[: math.ceil(negatives * int(foreground.sum()))]
+        expected.append(losses[foreground].sum() + background.sum())
+    torch.testing.assert_close(ours, torch.stack(expected))
+    upstream = torch.rand(6, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((ours * upstream).sum(), (basis, coefficients)),
+        torch.autograd.grad((torch.stack(expected) * upstream).sum(), (basis, coefficients)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert (counts <= (windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])).all()
