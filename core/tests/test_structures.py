@@ -4,7 +4,7 @@ import torch
 from onestage import structures
 from onestage.errors import MachineError, UsageError
 from onestage.masks import Masks
-from onestage.structures import Detections, Target, training_targets, usable
+from onestage.structures import Detections, ImageFrame, Target, training_targets, usable
 
 BOX = [[1.0, 2.0, 5.0, 6.0]]
 
@@ -72,6 +72,12 @@ def test_crowds_and_boxes_under_a_pixel_do_not_train():
     assert usable(target).labels.tolist() == [0]
     assert usable(target).polygons == (((1.0,),),)
     assert training_targets([target], [torch.zeros(3, 50, 50)], 3)[0].labels.tolist() == [0]
+
+
+def test_boxes_return_to_the_image_by_both_factors_and_are_cut():
+    frame = ImageFrame((64, 256), (128, 128), (128, 160), (2.0, 0.5))
+    boxes = torch.tensor([[40.0, 40.0, 88.0, 80.0], [-3.0, 100.0, 140.0, 130.0]])
+    assert frame.to_image(boxes).tolist() == [[80.0, 20.0, 176.0, 40.0], [0.0, 50.0, 256.0, 64.0]]
 
 
 def test_detections_are_cut_and_indexed_with_their_masks():

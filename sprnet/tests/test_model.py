@@ -287,12 +287,10 @@ def test_detections_in_every_form(model, pictures):
 def test_other_images_of_a_batch_change_nothing(pictures):
     torch.manual_seed(1)
     model = SPRNet(replace(SMALLER, input=replace(R50_500.input, test_size=(64, 96)))).eval()
-    alone = model.detect(pictures[:1])[0]
-    together = model.detect([pictures[0], pictures[0]])[0]
-    assert_close(alone.scores, together.scores, atol=1e-5, rtol=0)
-    wide, tall = model.detect(pictures)
-    assert wide.masks.size == (48, 80)
-    assert tall.masks.size == (90, 60)
+    (alone,) = model.detect(pictures[:1])
+    for found in model.detect(pictures[:1] * 2):
+        assert_close(found.scores, alone.scores, atol=1e-5, rtol=0)
+    assert [found.masks.size for found in model.detect(pictures)] == [(48, 80), (90, 60)]
 
 
 def test_builders_follow_torchvision():

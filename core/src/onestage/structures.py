@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestage import boxes as box_ops
 from onestage.errors import MachineError, UsageError
 from onestage.masks import Masks
 
@@ -33,6 +34,11 @@ class ImageFrame:
     input_size: tuple[int, int]
     padded_size: tuple[int, int]
     scale: tuple[float, float]
+
+    def to_image(self, boxes: Tensor) -> Tensor:
+        """Exclusive boxes [N, 4] xyxy from input pixels to image pixels, cut to the image."""
+        vertical, horizontal = self.scale
+        return box_ops.clip(box_ops.scale(boxes, (1 / vertical, 1 / horizontal)), self.image_size)
 
 
 @dataclass(frozen=True)

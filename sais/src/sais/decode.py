@@ -44,9 +44,7 @@ def decode(
     decoded = []
     for i, frame in enumerate(frames):
         kept, boxes = select(raw, i, frame, config)
-        vertical, horizontal = frame.scale
-        in_image = box_ops.clip(box_ops.scale(boxes, (1 / vertical, 1 / horizontal)), frame.image_size)
-        found = Detections(frame.image_size, in_image, kept.scores, kept.labels)
+        found = Detections(frame.image_size, frame.to_image(boxes), kept.scores, kept.labels)
         if raw.prototypes is not None and masks != "none":
             inputs = raw.prototypes[i], coefficients_at(i, kept.index), boxes, frame, config
             if masks == "binary":

@@ -42,16 +42,14 @@ def decode(
     decoded = []
     for i, frame in enumerate(frames):
         kept, boxes = select(raw, i, frame, config)
-        vertical, horizontal = frame.scale
-        in_image = box_ops.clip(box_ops.scale(boxes, (1 / vertical, 1 / horizontal)), frame.image_size)
-        found = Detections(frame.image_size, in_image, kept.scores, kept.labels)
+        found = Detections(frame.image_size, frame.to_image(boxes), kept.scores, kept.labels)
         if masks_at is not None and masks != "none":
             soft = masks_at(i, kept.index // ANCHORS_PER_PIXEL, kept.labels).float().sigmoid()
             if masks == "binary":
-                pasted = paste_masks(soft, in_image, frame.image_size, config.inference.mask_threshold)
+                pasted = paste_masks(soft, found.boxes, frame.image_size, config.inference.mask_threshold)
                 found = replace(found, masks=pasted)
             else:
-                dense = soft if masks == "lowres" else paste_soft(soft, in_image, frame.image_size)
+                dense = soft if masks == "lowres" else paste_soft(soft, found.boxes, frame.image_size)
                 found = replace(found, soft_masks=dense)
         decoded.append(found)
     return decoded
