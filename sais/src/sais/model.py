@@ -1,8 +1,8 @@
 """SAIS (Xiang et al., 2019): FCOS whose locations also predict how to combine image-wide prototype masks.
 
-Figure 1: `SAIS` is the whole, `SAISHead` the shared head of a pyramid level (yellow), `ProtoNet` the green box. Eq. 1
-is `decode`, Eq. 2 to 4 are `targets`. The paper leaves most layers open; docs/methods/sais.md says
-whose choice each one is.
+Figure 1: `SAIS` is the whole, `SAISHead` the shared head of a pyramid level (yellow), the core's `ProtoNet` the green
+box. Eq. 1 is `decode`, Eq. 2 to 4 are `targets`. The paper leaves most layers open; docs/methods/sais.md says whose
+choice each one is.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onestage.nn import fcos
 from onestage.nn.fpn import FPN
+from onestage.nn.protonet import ProtoNet
 from onestage.nn.resnet import build_backbone
-from onestage.nn.towers import Scale, conv_at, conv_tower, conv_unit, flatten_levels, init_normal, prior_bias
+from onestage.nn.towers import Scale, conv_at, conv_tower, flatten_levels, init_normal, prior_bias
 from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import prepare_batch
 from sais.config import SAISConfig
-from sais.decode import PROTOTYPE_STRIDE, MaskForm, decode
+from sais.decode import MaskForm, decode
 from sais.losses import compute_losses
 from sais.targets import assign_targets
 
@@ -60,7 +60,7 @@ class SAIS(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels[1:], config.width, extra="p5")
         self.head = SAISHead(config)
-        self.protonet = ProtoNet(config) if config.masks else None
+        self.protonet = ProtoNet(config.width, config.prototype_width, config.num_prototypes) if config.masks else None
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
@@ -141,24 +141,3 @@ class SAISHead(nn.Module):
         """Coefficients [N, k] of the locations `index` [N] int64 of one image."""
         assert self.coefficients is not None, "a model without masks has no coefficients"
         return conv_at(self.coefficients, [feature[image] for feature in raw.features], index).tanh()
-
-
-class ProtoNet(nn.Module):
-    """Prototype masks from P3: three convs, twice the size, one conv, k channels (YOLACT's protonet)."""
-
-    def __init__(self, config: SAISConfig):
-        super().__init__()
-        width = config.prototype_width
-        self.before = conv_tower(config.width, width, 3, norm="none", bias=True)
-        self.after = conv_unit(width, width, norm="none", bias=True)
-        self.out = nn.Conv2d(width, config.num_prototypes, 1)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.xavier_uniform_(part.weight)
-                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
-
-    def forward(self, p3: Tensor) -> Tensor:
-        """[B, k, 2 h, 2 w], >= 0, from P3 [B, C, h, w]."""
-        factor = fcos.STRIDES[0] // PROTOTYPE_STRIDE
-        x = F.interpolate(self.before(p3), scale_factor=factor, mode="bilinear", align_corners=False)
-        return F.relu(self.out(self.after(x)))
