@@ -185,7 +185,9 @@ def test_every_switch_trains_and_detects(pictures, change):
     assert ("masks" in model(pictures)[0]) == (change != {"masks": False})
 
 
-def test_losses_are_fp32_under_mixed_precision(model, pictures):
+def test_losses_are_fp32_under_mixed_precision(pictures):
+    # At 128 px: of a 1 x 1 map oneDNN's bf16 conv of stride 2 has random weight gradients (torch 2.11).
+    model = SAIS(replace(SMALLER, input=DEMO.input))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model.train()(pictures, _truths(pictures))
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
