@@ -91,7 +91,8 @@ class SPRNet(nn.Module):
         levels = self.fpn(features)
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
         anchors = retinanet.anchors(sizes, retinanet.STRIDES, base_size=self.config.anchor_size, device=pixels.device)
-        return RawOutput(anchors, sizes, *self.head(levels), levels)
+        logits, deltas = self.head(levels)
+        return RawOutput(anchors, sizes, logits, deltas, levels)
 
     @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
@@ -234,6 +235,7 @@ class PixelDecoder(nn.Module):
         low = self.low_resolution(vectors)
         high = low
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d)
             high = upsampled_conv(high, conv.weight, conv.bias).relu()
         rows = self.classes.weight[labels, :, 0, 0]
         logits = _dot(rows[:, : self.width], high, owner) + self.classes.bias[labels, None, None]  # type: ignore[index]
@@ -251,13 +253,14 @@ class PixelDecoder(nn.Module):
         return maps
 
     def _initialise(self) -> None:
-        for deconv in self.deconvs:
-            # Keeps the signal's deviation at 1; with N(0, 0.01) it would be 0.007 after three linear layers.
-            nn.init.normal_(deconv.weight, std=deconv.in_channels**-0.5)
-            nn.init.zeros_(deconv.bias)
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+        for part in self.modules():
+            if isinstance(part, nn.ConvTranspose2d):
+                # Keeps the signal's deviation at 1; with N(0, 0.01) it would be 0.007 after three linear layers.
+                nn.init.normal_(part.weight, std=part.in_channels**-0.5)
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+            elif isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
         init_normal(self.classes)
 
 
