@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from onestage.ops.paste import cut_mask, paste_masks, paste_soft
+from onestage.ops.paste import cut_mask, paste_masks, paste_soft, with_masks
+from onestage.structures import Detections
 from onestage.testing import coco_like_boxes, dense_paste
 
 
@@ -86,3 +87,13 @@ def test_a_bitmap_is_read_as_it_is_where_a_cell_is_a_pixel(box):
     bitmap = (torch.rand(128, 128, generator=generator) > 0.5).byte()
     mask = cut_mask(bitmap, torch.tensor(box, dtype=torch.float32), 28)
     assert torch.equal(mask, bitmap[box[1] : box[3], box[0] : box[2]])
+
+
+def test_detections_get_masks_in_the_form_that_is_asked_for():
+    maps = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2.0, 1.0, 16.0, 14.0], [10.0, 3.0, 29.0, 22.0]])
+    found = Detections((24, 30), boxes, torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    soft = with_masks(found, maps, "soft", 0.4).soft_masks
+    assert torch.equal(soft, paste_soft(maps, boxes, (24, 30)))
+    assert torch.equal(with_masks(found, maps, "binary", 0.4).masks.to_bool(), soft >= 0.4)
+    assert torch.equal(with_masks(found, maps, "lowres", 0.4).soft_masks, maps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from meinst.config import MEInstConfig
 from onestage import boxes as box_ops
 from onestage.nn import fcos
 from onestage.nn.nms import Kept, greedy_nms, top_by_score
-from onestage.ops.paste import paste_masks, paste_soft
+from onestage.ops.paste import with_masks
 from onestage.structures import Detections, ImageFrame
 
 if TYPE_CHECKING:
@@ -46,12 +45,7 @@ def decode(
         kept, found = to_image(*select(raw, i, config), frame)
         if masks != "none" and config.mask_branch:
             soft = codec.decode(codes_at(i, kept.index), kept.labels)
-            if masks == "binary":
-                pasted = paste_masks(soft, found.boxes, frame.image_size, config.inference.mask_threshold)
-                found = replace(found, masks=pasted)
-            else:
-                dense = soft if masks == "lowres" else paste_soft(soft, found.boxes, frame.image_size)
-                found = replace(found, soft_masks=dense)
+            found = with_masks(found, soft, masks, config.inference.mask_threshold)
         decoded.append(found)
     return decoded
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from onestage import boxes as box_ops
 from onestage.nn.nms import Kept, greedy_nms, top_by_score
-from onestage.ops.paste import paste_masks, paste_soft
+from onestage.ops.paste import with_masks
 from onestage.structures import Detections, ImageFrame
 from sprnet import coder
 from sprnet.config import SPRNetConfig
@@ -45,12 +44,7 @@ def decode(
         found = Detections(frame.image_size, frame.to_image(boxes), kept.scores, kept.labels)
         if masks_at is not None and masks != "none":
             soft = masks_at(i, kept.index // ANCHORS_PER_PIXEL, kept.labels).float().sigmoid()
-            if masks == "binary":
-                pasted = paste_masks(soft, found.boxes, frame.image_size, config.inference.mask_threshold)
-                found = replace(found, masks=pasted)
-            else:
-                dense = soft if masks == "lowres" else paste_soft(soft, found.boxes, frame.image_size)
-                found = replace(found, soft_masks=dense)
+            found = with_masks(found, soft, masks, config.inference.mask_threshold)
         decoded.append(found)
     return decoded
 

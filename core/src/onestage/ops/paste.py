@@ -7,6 +7,8 @@ values.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torchvision import ops
 
 from onestage.masks import Masks
 from onestage.ops.dispatch import refuse_forced_kernel
+from onestage.structures import Detections
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Masks:
@@ -52,6 +55,22 @@ def paste_masks_torch(probabilities: Tensor, boxes: Tensor, size: tuple[int, int
         else:
             torch.ge(pasted, threshold, out=mask.view(pasted.shape))
     return Masks(size, torch.stack((x0, y0, x1, y1), 1), pixels)
+
+
+def with_masks(
+    found: Detections, maps: Tensor, form: Literal["binary", "soft", "lowres"], threshold: float
+) -> Detections:
+    """Detections with their masks in the form that is asked for.
+
+    Args:
+        found: N detections.
+        maps: [N, M, M] in [0, 1], the map that fills each box.
+        form: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks`, at image size or M x M.
+        threshold: Of binary masks.
+    """
+    if form == "binary":
+        return replace(found, masks=paste_masks(maps, found.boxes, found.image_size, threshold))
+    return replace(found, soft_masks=maps if form == "lowres" else paste_soft(maps, found.boxes, found.image_size))
 
 
 @torch.no_grad()
