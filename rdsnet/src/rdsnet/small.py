@@ -123,9 +123,10 @@ class SmallHead(nn.Module):
 
     def vectors_at(self, features: list[Tensor], index: Tensor) -> Tensor:
         """[N, d] in (-1, 1) or [N, 2, d] of any sign, of the anchors `index` [N] int64."""
-        cells = conv_at(self.vectors, features, index // len(RATIOS)).view(len(index), len(RATIOS), -1)
+        shape = (len(index), len(RATIOS), self.num_vectors, self.config.vector_length)
+        cells = conv_at(self.vectors, features, index // len(RATIOS)).view(shape)
         vectors = cells[torch.arange(len(index), device=index.device), index % len(RATIOS)]
-        return vectors.tanh() if self.config.masks == "lc" else vectors.view(len(index), 2, -1)
+        return vectors[:, 0].tanh() if self.config.masks == "lc" else vectors
 
 
 def relative_anchors(sizes: list[tuple[int, int]], input_size: tuple[int, int], config: RDSNetConfig) -> Tensor:

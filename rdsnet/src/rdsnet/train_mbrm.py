@@ -125,7 +125,8 @@ def _sweep(model: Any, samples: Any, dataset: Any, options: Any, quiet: bool) ->
             kernels[reach, gamma] = fit(samples, config, options)
             evaluators[reach, gamma] = CocoEvaluator(dataset.coco_gt(), dataset.categories, iou_types=("bbox",))
     device = model.mbrm.bias.device
-    for image, target in tqdm(dataset, total=len(dataset), desc="sweep", disable=quiet, leave=False, file=sys.stderr):
+    for index in tqdm(range(len(dataset)), desc="sweep", disable=quiet, leave=False, file=sys.stderr):
+        image, target = dataset[index]
         (seen,) = observe(model, [image.to(device)])
         for (reach, gamma), (weight, bias) in kernels.items():
             boxes = refine_boxes(seen.profiles, seen.boxes, weight.to(device), bias.to(device), gamma)
