@@ -208,7 +208,8 @@ def _draw_boxes(picture: Image.Image, instances: Instances, factor: float) -> No
         for start in range(int(y0), int(y1), 2 * DASH):
             for x in (x0, x1):
                 pen.line((x, start, x, min(start + DASH, y1)), fill=BEFORE_COLOUR, width=2)
-        pen.rectangle(after.tolist(), outline=AFTER_COLOUR, width=2)
+        low, high = torch.minimum(after[:2], after[2:]), torch.maximum(after[:2], after[2:])  # sides move one by one
+        pen.rectangle((*low.tolist(), *high.tolist()), outline=AFTER_COLOUR, width=2)
 
 
 def _write_scores(picture: Image.Image, instances: Instances, names: Sequence[str], factor: float) -> None:
