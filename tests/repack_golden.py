@@ -40,6 +40,10 @@ PACKED = {
         "meinst_pca_fit": cases("sigmoid0", of=("sigmoid0", "sigmoid1", "uniform")),
         "meinst_infer": cases("few", "empty", of=("many", "few", "thresh_with_ctr", "empty")),
     },
+    "rdsnet": {
+        "rdsnet_mbrm": without(),
+        "rdsnet_corr_crop": without(),
+    },
     "sipmask": {
         "sipmask_smp": without("maps"),
         "sipmask_head_ssd2": without(),
