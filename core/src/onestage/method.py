@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from onestage.tables.spec import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Method:
         polygons: Training targets carry polygons too.
         finish: (trained model, training data) to its new config: a second stage that leaves the trained network as it
             is, run by `demo`; after `train` it is a verb of its own. None where there is no such thing.
+        after_training: Fields of the config that training does not read: rows of a table that differ in nothing else
+            share one training.
+        tables: The paper's tables, as data.
     """
 
     name: str
@@ -48,3 +53,5 @@ class Method:
     prepare: Callable[[nn.Module, Any], None] | None = None
     polygons: bool = False
     finish: Callable[[nn.Module, Any], Any] | None = None
+    after_training: tuple[str, ...] = ("inference",)
+    tables: Callable[[], Sequence[Table]] = tuple
