@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torchvision.models.detection import MaskRCNN
 
 from onestage.cli.app import main
 from onestage.config import BackboneConfig, InputConfig, ScheduleConfig
-from onestage.errors import WeightsError
 from onestage.masks import Masks
 from onestage.method import Method
 from onestage.nn.fpn import FPN
@@ -126,10 +125,6 @@ def _unit(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
-def _refuse(*arguments: Any) -> NoReturn:
-    raise WeightsError("weights of other programs are not read here", "train with: gated_mask_rcnn.py train")
-
-
 GATED = MaskRCNNConfig()
 R50 = BackboneConfig()
 SMALL = replace(
@@ -161,8 +156,7 @@ METHOD = Method(
     small_variant="small",
     demo_variant="demo",
     build=OnPyramid,
-    convert=_refuse,
-    infer_config=_refuse,
+    unreleased="the paper's were never released, and torchvision's have no gate",
 )
 
 

@@ -26,8 +26,9 @@ class Method:
         demo_variant: What `demo` trains.
         build: Config to model. Parameters are initialised by the recipe, no weights are loaded.
         convert: (official state dict, config) to (our state dict, notes); accounts for every tensor or raises
-            WeightsError.
-        infer_config: Official state dict to the config that fits it; raises WeightsError if none does.
+            WeightsError. None where no official weights exist.
+        infer_config: Official state dict to the config that fits it; raises WeightsError if none does. None as above.
+        unreleased: Why there is nothing to convert, for the message; of methods without `convert`.
         extra_verbs: Name to a function from the words after the verb to the exit code.
         prepare: (model, training data) before training from nothing, for what a method takes from the annotations;
             None where there is no such thing.
@@ -47,8 +48,9 @@ class Method:
     small_variant: str
     demo_variant: str
     build: Callable[[Any], nn.Module]
-    convert: Callable[[dict[str, Tensor], Any], tuple[dict[str, Tensor], list[str]]]
-    infer_config: Callable[[dict[str, Tensor]], Any]
+    convert: Callable[[dict[str, Tensor], Any], tuple[dict[str, Tensor], list[str]]] | None = None
+    infer_config: Callable[[dict[str, Tensor]], Any] | None = None
+    unreleased: str = ""
     extra_verbs: Mapping[str, Callable[[list[str]], int]] = field(default_factory=dict)
     prepare: Callable[[nn.Module, Any], None] | None = None
     polygons: bool = False

@@ -1,11 +1,13 @@
 """Whole verbs with the toy method of conftest.py: files, numbers and what is printed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from onestage.cli.app import main
 from onestage.engine.checkpoint import load_weights
 
 
@@ -178,6 +180,17 @@ def test_convert_accounts_for_the_file_and_verifies(call, here):
     assert "theirs.pth" in out
     code, _, err = call("convert", "--from", "theirs.pth", "--to", "ours.safetensors")
     assert (code, err.splitlines()[0]) == (2, "error: --to 'ours.safetensors' exists")
+
+
+def test_convert_of_a_method_without_official_weights_refuses_with_the_reason(method, here, capsys):
+    torch.save({"P3.weight": torch.zeros(1)}, "theirs.pth")
+    words = ["--from", "theirs.pth", "--to", "ours.safetensors"]
+    unreleased = replace(method, convert=None, infer_config=None, unreleased="they were lost")
+    assert main(unreleased, "convert", words) == 4
+    what, fix = capsys.readouterr().err.splitlines()
+    assert what == "error: there are no official weights of Toy: they were lost (this file's first key is P3.weight)"
+    assert "onestage.train" in fix
+    assert not Path("ours.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """SPRNet as the core's engine and command line see it."""
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from onestage.method import Method
 from sprnet.config import VARIANTS, SPRNetConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sprnet.model import SPRNet
 
 
@@ -15,18 +13,6 @@ def build(config: SPRNetConfig) -> "SPRNet":
     from sprnet.model import SPRNet
 
     return SPRNet(config)
-
-
-def convert(state: "dict[str, Tensor]", config: SPRNetConfig) -> NoReturn:
-    from sprnet.convert import convert_state_dict
-
-    convert_state_dict(state, config)
-
-
-def infer_config(state: "dict[str, Tensor]") -> NoReturn:
-    from sprnet.convert import config_of
-
-    config_of(state)
 
 
 METHOD = Method(
@@ -38,6 +24,5 @@ METHOD = Method(
     small_variant="small",
     demo_variant="demo",
     build=build,
-    convert=convert,
-    infer_config=infer_config,
+    unreleased="neither code nor models of the paper were ever released",
 )

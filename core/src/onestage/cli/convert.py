@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from onestage.cli.flags import Call
 from onestage.engine.checkpoint import WeightsInfo, file_sha256, load_weights, read_state_dict, save_weights
-from onestage.errors import CheckFailed, UsageError, some
+from onestage.errors import CheckFailed, UsageError, WeightsError, some
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
@@ -23,6 +23,12 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     source, target = _paths(method, flags.from_, flags.to, flags.overwrite)
     foreign = read_state_dict(source, package=method.name)
+    if method.convert is None or method.infer_config is None:
+        raise WeightsError(
+            f"there are no official weights of {method.title.partition(':')[0]}: {method.unreleased}"
+            f" (this file's first key is {min(foreign)})",
+            f"train your own with python -m {method.name}.train; weights it wrote need no conversion",
+        )
     config = method.infer_config(foreign) if flags.variant is None else _variant(method, flags.variant)
     state, notes = method.convert(foreign, config)
     model = method.build(config)
