@@ -83,7 +83,7 @@ DEMO = replace(
     SMALL,
     num_classes=3,
     input=replace(FIXED_768, test_size=(128, 128), train_sizes=((128, 128),)),
-    schedule=replace(SMALL.schedule, unit="steps", length=450),
+    schedule=replace(SMALL.schedule, unit="steps", length=350),
 )
 
 VARIANTS = {
