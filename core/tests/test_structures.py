@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from onestage import structures
 from onestage.errors import MachineError, UsageError
 from onestage.masks import Masks
-from onestage.structures import Detections, ImageFrame, Target, training_targets, usable
+from onestage.structures import Detections, ImageFrame, Reference, Target, training_targets, usable
 
 BOX = [[1.0, 2.0, 5.0, 6.0]]
 
@@ -106,3 +108,52 @@ def test_a_dense_tensor_over_budget_is_refused_with_a_way_out(monkeypatch):
 def test_training_without_targets_says_what_is_missing():
     with pytest.raises(UsageError, match="training needs targets"):
         training_targets(None, [torch.zeros(3, 4, 4)], 2)
+
+
+def _pair(**changes):
+    reference = {
+        "image": torch.zeros(3, 8, 8),
+        "boxes": [[0.0, 0.0, 4.0, 4.0], [1.0, 1.0, 1.5, 6.0]],
+        "track_ids": [7, 9],
+    }
+    return _dict(track_ids=[7], reference=reference | changes)
+
+
+def test_a_pair_of_frames_keeps_its_reference_through_selection():
+    target = Target.from_dict(_pair(), (8, 8), 3)
+    assert target.track_ids.tolist() == [7]
+    assert target.reference.track_ids.tolist() == [7, 9]
+    none = target[torch.zeros(1, dtype=torch.bool)]
+    assert none.track_ids.tolist() == []
+    assert none.reference is target.reference
+    assert target.to("cpu").reference.boxes.shape == (2, 4)
+
+
+def test_reference_boxes_under_a_pixel_do_not_train():
+    target = usable(Target.from_dict(_pair(), (8, 8), 3))
+    assert target.reference.track_ids.tolist() == [7]
+    assert target.reference.boxes.tolist() == [[0, 0, 4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (_dict(track_ids=[1, 2]), "1 labels and 2 track_ids"),
+        ({k: v for k, v in _pair().items() if k != "track_ids"}, "no track_ids"),
+        (_dict(track_ids=[7], reference={"image": torch.zeros(3, 8, 8)}), "reference frame has no boxes, track_ids"),
+        (_pair(image=torch.zeros(3, 9, 8)), r"reference frame is \(9, 8\)"),
+        (_pair(track_ids=[7]), "2 boxes and 1 track_ids"),
+    ],
+)
+def test_a_pair_that_cannot_be_meant_is_refused(target, message):
+    with pytest.raises(UsageError, match=message):
+        Target.from_dict(target, (8, 8), 3)
+
+
+def test_embeddings_and_track_ids_go_with_their_detections():
+    found = replace(_detections(), embeddings=torch.eye(3), track_ids=torch.tensor([4, -1, 6]))
+    kept = found[found.track_ids >= 0].to("cpu")
+    assert kept.track_ids.tolist() == [4, 6]
+    assert kept.embeddings.tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert kept.as_dict("none").keys() == {"boxes", "labels", "scores", "embeddings", "track_ids"}
+    assert isinstance(Target.from_dict(_pair(), (8, 8), 3).reference, Reference)

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from onestage.config import CAFFE_MEAN, InputConfig
 from onestage.errors import UsageError
-from onestage.structures import Target
+from onestage.structures import Reference, Target
 from onestage.transforms import move_target, plan_resize, prepare_batch
 
 KEEP = InputConfig(test_size=(800, 1333), train_sizes=((640, 1333), (800, 1333)), train_draw="range")
@@ -14,7 +14,7 @@ FIXED = replace(KEEP, resize="fixed", test_size=(64, 96), train_sizes=((64, 96),
 
 
 def _target(boxes, size):
-    boxes = torch.tensor(boxes, dtype=torch.float32)
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
@@ -99,3 +99,24 @@ def test_training_draws_one_of_the_choices():
 def test_an_image_of_another_shape_is_refused():
     with pytest.raises(UsageError, match=r"image is \(64, 96, 3\)"):
         prepare_batch([torch.zeros(64, 96, 3)], None, FIXED, training=False)
+
+
+def test_a_reference_frame_is_resized_like_its_image():
+    images = [torch.randint(0, 256, (3, 60, 100), dtype=torch.uint8) for _ in range(2)]
+    targets = [
+        replace(
+            _target([[10, 10, 20, 30]], (60, 100)),
+            track_ids=torch.tensor([3]),
+            reference=Reference(image, torch.tensor([[20.0, 10.0, 40.0, 60.0]]), torch.tensor([3])),
+        )
+        for image in images
+    ]
+    config = replace(KEEP, train_sizes=((30, 400), (90, 400)))
+    batch = prepare_batch(images, targets, config, training=True, legacy_boxes=True)
+    assert len({frame.input_size for frame in batch.frames}) == 2  # each pair draws its own size
+    assert torch.equal(batch.references, batch.pixels)  # the same image was given as both frames
+    for target, frame in zip(batch.targets, batch.frames, strict=True):
+        factor = frame.scale[0]
+        assert_close(target.reference.boxes[0, :3], torch.tensor([20.0, 10.0, 39.0]) * factor)
+        assert target.reference.boxes[0, 3] == min(59 * factor, frame.input_size[0] - 1)
+    assert prepare_batch(images, [targets[0], _target([], (60, 100))], config, training=True).references is None

@@ -33,6 +33,8 @@ class Method:
         prepare: (model, training data) before training from nothing, for what a method takes from the annotations;
             None where there is no such thing.
         polygons: Training targets carry polygons too.
+        is_video: Config to whether its model follows objects through videos: then training samples are pairs of frames
+            (`Target.reference`), evaluation runs over videos, and the model has `tracker()`.
         finish: (trained model, training data) to its new config: a second stage that leaves the trained network as it
             is, run by `demo`; after `train` it is a verb of its own. None where there is no such thing.
         after_training: Fields of the config that training does not read: rows of a table that differ in nothing else
@@ -54,6 +56,7 @@ class Method:
     extra_verbs: Mapping[str, Callable[[list[str]], int]] = field(default_factory=dict)
     prepare: Callable[[nn.Module, Any], None] | None = None
     polygons: bool = False
+    is_video: Callable[[Any], bool] = lambda config: False
     finish: Callable[[nn.Module, Any], Any] | None = None
     after_training: tuple[str, ...] = ("inference",)
     tables: Callable[[], Sequence[Table]] = tuple

@@ -7,7 +7,7 @@ xyxy (width = x2 - x1) unless a name says `legacy`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,24 @@ class ImageFrame:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Another frame of the video that a training image is from, and where its G' objects are in it.
+
+    Args:
+        image: [3, h, w] RGB, uint8 or float in 0..1; the size of the frame it belongs to.
+        boxes: [G', 4] float32 xyxy, pixels of the same frame as `image`.
+        track_ids: [G'] int64, which objects they are; the same numbers as in `Target.track_ids`.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    track_ids: Tensor
+
+    def to(self, device: torch.device | str) -> Reference:
+        return Reference(self.image.to(device), self.boxes.to(device), self.track_ids.to(device))
+
+
+@dataclass(frozen=True)
 class Target:
     """One image's ground truth, G instances; crowd regions included and marked.
 
@@ -53,6 +71,8 @@ class Target:
         image_id: The data set's id, -1 where there is none.
         polygons: For each instance its polygons as flat x, y lists in the same frame, or None where the data set has
             RLE; None altogether where nobody asked for them.
+        track_ids: [G] int64, which object of its video each instance is; None for images that belong to none.
+        reference: The other frame of a training pair, or None.
     """
 
     boxes: Tensor
@@ -61,26 +81,34 @@ class Target:
     iscrowd: Tensor
     image_id: int = -1
     polygons: tuple[tuple[tuple[float, ...], ...] | None, ...] | None = None
+    track_ids: Tensor | None = None
+    reference: Reference | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, keep: Tensor) -> Target:
-        """The instances that `keep` (bool or int64 index) selects."""
+        """The instances that `keep` (bool or int64 index) selects; the reference frame keeps all of its own."""
         index = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
-        polygons = None if self.polygons is None else tuple(self.polygons[i] for i in index.tolist())
-        return Target(
-            self.boxes[index], self.labels[index], self.masks[index], self.iscrowd[index], self.image_id, polygons
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            labels=self.labels[index],
+            masks=self.masks[index],
+            iscrowd=self.iscrowd[index],
+            polygons=None if self.polygons is None else tuple(self.polygons[i] for i in index.tolist()),
+            track_ids=None if self.track_ids is None else self.track_ids[index],
         )
 
     def to(self, device: torch.device | str) -> Target:
-        return Target(
-            self.boxes.to(device),
-            self.labels.to(device),
-            self.masks.to(device),
-            self.iscrowd.to(device),
-            self.image_id,
-            self.polygons,
+        return replace(
+            self,
+            boxes=self.boxes.to(device),
+            labels=self.labels.to(device),
+            masks=self.masks.to(device),
+            iscrowd=self.iscrowd.to(device),
+            track_ids=None if self.track_ids is None else self.track_ids.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
         )
 
     @staticmethod
@@ -89,7 +117,8 @@ class Target:
 
         Args:
             target: `boxes` [G, 4] xyxy, `labels` [G] in 0..K-1, `masks` ([G, H, W] tensor or a list of COCO RLE);
-                optional `iscrowd` [G] and `image_id`. G = 0 is legal.
+                optional `iscrowd` [G], `image_id`, `track_ids` [G] and `reference`, another frame of the same video as
+                a dict of `image`, `boxes` [G', 4] and `track_ids` [G']. G = 0 is legal.
             size: (height, width) of the image the target belongs to.
             num_classes: K.
 
@@ -120,7 +149,49 @@ class Target:
         if not torch.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
             raise UsageError("a target box is not finite or has x2 < x1 or y2 < y1", "boxes are xyxy in pixels")
         iscrowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(labels))), dtype=torch.bool).flatten()
-        return Target(boxes, labels, masks, iscrowd.to(boxes.device), int(target.get("image_id", -1)))
+        track_ids, reference = _identities(target, size, len(labels))
+        return Target(
+            boxes,
+            labels,
+            masks,
+            iscrowd.to(boxes.device),
+            int(target.get("image_id", -1)),
+            track_ids=track_ids,
+            reference=reference,
+        )
+
+
+def _identities(target: dict[str, Any], size: tuple[int, int], count: int) -> tuple[Tensor | None, Reference | None]:
+    """`track_ids` and `reference` of a public target of `count` instances, each None where it is not there."""
+    if target.get("track_ids") is None:
+        if target.get("reference") is not None:
+            raise UsageError("target has a reference frame but no track_ids", "say which object each instance is")
+        return None, None
+    track_ids = torch.as_tensor(target["track_ids"], dtype=torch.int64).flatten()
+    if len(track_ids) != count:
+        raise UsageError(f"target has {count} labels and {len(track_ids)} track_ids", "give one of each per instance")
+    other = target.get("reference")
+    if other is None or isinstance(other, Reference):
+        return track_ids, other
+    missing = [key for key in ("image", "boxes", "track_ids") if key not in other]
+    if missing:
+        raise UsageError(f"reference frame has no {', '.join(missing)}", "give image, boxes and track_ids")
+    reference = Reference(
+        other["image"],
+        torch.as_tensor(other["boxes"], dtype=torch.float32).reshape(-1, 4),
+        torch.as_tensor(other["track_ids"], dtype=torch.int64).flatten(),
+    )
+    if tuple(reference.image.shape[-2:]) != size:
+        raise UsageError(
+            f"reference frame is {tuple(reference.image.shape[-2:])}, its image {size} (height, width)",
+            "both frames of a pair are of one video and one size",
+        )
+    if len(reference.boxes) != len(reference.track_ids):
+        raise UsageError(
+            f"reference frame has {len(reference.boxes)} boxes and {len(reference.track_ids)} track_ids",
+            "give one of each per object",
+        )
+    return track_ids, reference
 
 
 def training_targets(
@@ -148,10 +219,21 @@ def training_targets(
 
 
 def usable(target: Target, crowds: bool = False) -> Target:
-    """Drops crowds, unless `crowds`, and boxes under one pixel, as the recipes do. Boxes exclusive, image pixels."""
-    width = target.boxes[:, 2] - target.boxes[:, 0]
-    height = target.boxes[:, 3] - target.boxes[:, 1]
-    return target[(width >= 1) & (height >= 1) & (~target.iscrowd | crowds)]
+    """Drops crowds, unless `crowds`, and boxes under one pixel, as the recipes do. Boxes exclusive, image pixels.
+
+    So does it with the boxes of a reference frame.
+    """
+    reference = target.reference
+    if reference is not None:
+        keep = _a_pixel_wide(reference.boxes)
+        reference = replace(reference, boxes=reference.boxes[keep], track_ids=reference.track_ids[keep])
+        target = replace(target, reference=reference)
+    return target[_a_pixel_wide(target.boxes) & (~target.iscrowd | crowds)]
+
+
+def _a_pixel_wide(boxes: Tensor) -> Tensor:
+    """[N] bool of exclusive boxes: at least one pixel wide and high."""
+    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
 
 
 MASK_OUTPUTS = ("bool", "prob", "rle", "packed", "lowres", "none")
@@ -172,6 +254,8 @@ class Detections:
         soft_masks: [N, h, w] float32 probabilities at image size or at the method's own resolution, where the model
             was asked for them, else None.
         unrefined_boxes: [N, 4] like `boxes`, as they were before a method moved their sides, else None.
+        embeddings: [N, D] float32, by which a method that follows objects recognises them, else None.
+        track_ids: [N] int64, which object of its video each detection is, once that was found out, else None.
     """
 
     image_size: tuple[int, int]
@@ -182,6 +266,8 @@ class Detections:
     mask_scores: Tensor | None = None
     soft_masks: Tensor | None = None
     unrefined_boxes: Tensor | None = None
+    embeddings: Tensor | None = None
+    track_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -194,7 +280,7 @@ class Detections:
         return self._map(lambda part: part.to(device))
 
     def as_dict(self, mask_output: str = "bool") -> dict[str, Any]:
-        """The public form: `boxes`, `labels`, `scores` and `masks`.
+        """The public form: `boxes`, `labels`, `scores` and `masks`, and those of the optional fields that are there.
 
         Args:
             mask_output: `bool` [N, H, W]; `prob` float32 [N, 1, H, W]; `rle` list of COCO RLE; `packed` bits of the
@@ -207,10 +293,9 @@ class Detections:
         if mask_output not in MASK_OUTPUTS:
             raise UsageError(f"mask_output '{mask_output}' is unknown", f"use one of {', '.join(MASK_OUTPUTS)}")
         public: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
-        if self.mask_scores is not None:
-            public["mask_scores"] = self.mask_scores
-        if self.unrefined_boxes is not None:
-            public["unrefined_boxes"] = self.unrefined_boxes
+        for name in ("mask_scores", "unrefined_boxes", "embeddings", "track_ids"):
+            if getattr(self, name) is not None:
+                public[name] = getattr(self, name)
         if mask_output in ("prob", "lowres"):
             assert self.soft_masks is not None, "the model left soft masks out"
             public["masks"] = self.soft_masks[:, None]
@@ -233,7 +318,14 @@ class Detections:
             )
 
     def _map(self, change: Callable[[Any], Any]) -> Detections:
-        optional = (self.masks, self.mask_scores, self.soft_masks, self.unrefined_boxes)
+        optional = (
+            self.masks,
+            self.mask_scores,
+            self.soft_masks,
+            self.unrefined_boxes,
+            self.embeddings,
+            self.track_ids,
+        )
         return Detections(
             self.image_size,
             change(self.boxes),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvf
 
+from onestage import boxes as box_ops
 from onestage.config import InputConfig
 from onestage.errors import UsageError
 from onestage.structures import ImageFrame, Target
@@ -25,12 +26,15 @@ class Batch:
     Args:
         pixels: [B, 3, H, W] float32, normalised, zero where padded.
         frames: One per image.
-        targets: One per image in *input* pixels, masks padded to [G, H, W]; None at inference.
+        targets: One per image in *input* pixels, masks padded to [G, H, W]; None at inference. Reference boxes are in
+            input pixels too.
+        references: [B, 3, H, W] reference frames, resized like their images; None if no target has one.
     """
 
     pixels: Tensor
     frames: list[ImageFrame]
     targets: list[Target] | None
+    references: Tensor | None = None
 
 
 def prepare_batch(
@@ -45,7 +49,7 @@ def prepare_batch(
 
     Args:
         images: B tensors [3, h, w] RGB, uint8 or float in 0..1, sizes may differ.
-        targets: One per image in image pixels, or None.
+        targets: One per image in image pixels, or None. Reference frames get the size drawn for their image.
         config: Sizes, colours, padding.
         training: Draws one of `config.train_sizes` per image; otherwise `config.test_size`.
         legacy_boxes: Target boxes become inclusive (x2 - 1, y2 - 1) before scaling and are clipped to the last pixel,
@@ -65,17 +69,27 @@ def prepare_batch(
     multiple = config.pad_multiple
     height = max(-(-frame.input_size[0] // multiple) * multiple for frame in frames)
     width = max(-(-frame.input_size[1] // multiple) * multiple for frame in frames)
-    pixels = resized[0].new_zeros(len(resized), 3, height, width)
-    for canvas, image in zip(pixels, resized, strict=True):
-        canvas[:, : image.shape[1], : image.shape[2]] = image
+    pixels = _on_canvas(resized, (height, width))
     frames = [replace(frame, padded_size=(height, width)) for frame in frames]
-    moved = None
-    if targets is not None:
-        moved = [
-            move_target(target.to(pixels.device), frame, legacy_boxes)
-            for target, frame in zip(targets, frames, strict=True)
-        ]
-    return Batch(pixels, frames, moved)
+    if targets is None:
+        return Batch(pixels, frames, None)
+    moved = [
+        move_target(target.to(pixels.device), frame, legacy_boxes)
+        for target, frame in zip(targets, frames, strict=True)
+    ]
+    references = None
+    if all(target.reference is not None for target in targets):
+        others = [target.reference.image for target in moved if target.reference is not None]
+        for image in others:
+            _check_image(image)
+        references = _on_canvas(
+            [
+                _normalise(_resize(image, frame.input_size, config.antialias), config)
+                for image, frame in zip(others, frames, strict=True)
+            ],
+            (height, width),
+        )
+    return Batch(pixels, frames, moved, references)
 
 
 def plan_resize(image_size: tuple[int, int], size: tuple[int, int], config: InputConfig) -> ImageFrame:
@@ -95,12 +109,10 @@ def plan_resize(image_size: tuple[int, int], size: tuple[int, int], config: Inpu
 def move_target(target: Target, frame: ImageFrame, legacy_boxes: bool = False) -> Target:
     """A target of the image frame in the input frame; masks by nearest neighbour, zero-padded to the canvas."""
     vertical, horizontal = frame.scale
-    scale = target.boxes.new_tensor([horizontal, vertical, horizontal, vertical])
-    inclusive = 1.0 if legacy_boxes else 0.0
-    boxes = (target.boxes - target.boxes.new_tensor([0.0, 0.0, inclusive, inclusive])) * scale
     height, width = frame.input_size
-    limit = boxes.new_tensor([width, height, width, height]) - inclusive
-    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    reference = target.reference
+    if reference is not None:
+        reference = replace(reference, boxes=_move_boxes(reference.boxes, frame, legacy_boxes))
     masks = target.masks
     if masks.shape[-2:] != frame.input_size:
         masks = tvf.resize_mask(masks, list(frame.input_size))
@@ -115,7 +127,26 @@ def move_target(target: Target, frame: ImageFrame, legacy_boxes: bool = False) -
             )
             for parts in polygons
         )
-    return replace(target, boxes=boxes, masks=F.pad(masks, (0, right, 0, bottom)), polygons=polygons)
+    return replace(
+        target,
+        boxes=_move_boxes(target.boxes, frame, legacy_boxes),
+        masks=F.pad(masks, (0, right, 0, bottom)),
+        polygons=polygons,
+        reference=reference,
+    )
+
+
+def _move_boxes(boxes: Tensor, frame: ImageFrame, legacy: bool) -> Tensor:
+    boxes = box_ops.scale(box_ops.to_legacy(boxes) if legacy else boxes, frame.scale)
+    return box_ops.clip(boxes, frame.input_size, legacy)
+
+
+def _on_canvas(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """[B, 3, *size] with each image in the top left corner, zeros elsewhere."""
+    pixels = images[0].new_zeros(len(images), 3, *size)
+    for canvas, image in zip(pixels, images, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+    return pixels
 
 
 def _check_image(image: Tensor) -> None:

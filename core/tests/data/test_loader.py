@@ -13,8 +13,8 @@ from onestage.config import CAFFE_MEAN, InputConfig
 from onestage.data import loader
 from onestage.data.loader import ResumableSampler, augment, expand_and_crop, make_loader, random_flip
 from onestage.data.synth import ShapesDataset
-from onestage.errors import DatasetError
-from onestage.structures import Target
+from onestage.errors import DatasetError, UsageError
+from onestage.structures import Reference, Target
 
 SHAPES = ShapesDataset(10, size=64)
 SSD = InputConfig(augmentation="ssd")
@@ -114,6 +114,42 @@ def test_flip_by_hand():
     assert torch.equal(t.masks[0] == 1, i[0] == 200)
     assert t.polygons == (((7.0, 2.0, 5.0, 2.0, 5.0, 5.0),),)
     assert t.image_id == 9
+
+
+def pair() -> tuple[torch.Tensor, Target]:
+    image, target = sample()
+    other = Reference(image.roll(3, -1), target.boxes + torch.tensor([3.0, 0.0, 3.0, 0.0]), torch.tensor([5]))
+    return image, replace(target, track_ids=torch.tensor([5]), reference=other)
+
+
+def test_both_frames_of_a_pair_are_mirrored_together():
+    image, target = pair()
+    for seed in range(8):
+        i, t = seeded(random_flip, seed, image, target)
+        mirrored = not torch.equal(i, image)
+        assert t.boxes.tolist() == ([[5, 2, 7, 5]] if mirrored else [[1, 2, 3, 5]])
+        assert t.reference.boxes.tolist() == ([[2, 2, 4, 5]] if mirrored else [[4, 2, 6, 5]])
+        assert torch.equal(t.reference.image, target.reference.image.flip(-1) if mirrored else target.reference.image)
+        assert t.track_ids.tolist() == t.reference.track_ids.tolist() == [5]
+
+
+def test_a_pair_cannot_be_cropped():
+    with pytest.raises(UsageError, match="pairs of frames"):
+        augment(SSD)(*pair())
+
+
+def test_what_a_data_set_draws_follows_from_seed_epoch_and_image():
+    class Drawing(ShapesDataset):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
+            image, target = super().__getitem__(index)
+            return image, replace(target, image_id=int(torch.randint(1 << 30, ())))
+
+    def drawn(epoch: int, seed: int) -> list[int]:
+        loaded = loader.AugmentedDataset(Drawing(3, size=64), augment(InputConfig(augmentation="none")), seed)
+        return [loaded[epoch, index][1].image_id for index in range(3)]
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert len({*drawn(0, 0), *drawn(1, 0), *drawn(0, 1)}) == 9
 
 
 def test_expanding_and_cropping_moves_everything_alike():

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from onestage.engine.checkpoint import load_checkpoint
-from onestage.engine.guard import NonFiniteLoss, replay, seed_step
+from onestage.engine.guard import NonFiniteLoss, Suspect, replay, seed_step
 from onestage.errors import WeightsError
+from onestage.structures import Reference, Target
 
 
 @pytest.fixture
@@ -76,6 +77,26 @@ def test_replay_repeats_a_finite_batch_bit_for_bit(tiny, tmp_path, monkeypatch):
     again = replay(tmp_path / "crash-2.pt", tiny.TinyModel(tiny.TinyConfig()))
     assert again.losses["loss_cls"] == seen[-1]  # dropout and noise drew the same
     assert again.first_layer is None
+
+
+def test_a_pair_of_frames_is_kept_whole(tiny, tmp_path):
+    box, one = torch.tensor([[1.0, 1.0, 9.0, 9.0]]), torch.tensor([1])
+    mask = torch.ones(1, 16, 16, dtype=torch.uint8)
+    reference = Reference(torch.full((3, 16, 16), 0.5), box + 1, torch.tensor([7]))
+    target = Target(box, one, mask, one < 0, track_ids=torch.tensor([7]), reference=reference)
+    seen = []
+
+    class Watching(tiny.TinyModel):
+        def forward(self, images, targets):
+            seen.extend(targets)
+            return super().forward(images, targets)
+
+    model = Watching(tiny.TinyConfig())
+    images = [torch.zeros(3, 16, 16), torch.ones(3, 16, 16)]
+    Suspect(images, [target, target], (0, 0, 0), 0, 0.1, 2, "fp32").save(tmp_path / "crash-0.pt", model)
+    replay(tmp_path / "crash-0.pt", model)
+    assert seen[0].track_ids.tolist() == seen[1].reference.track_ids.tolist() == [7]
+    assert torch.equal(seen[0].reference.image, reference.image)
 
 
 def test_the_checkpoint_before_the_crash_stays(tiny, tmp_path, exploding):

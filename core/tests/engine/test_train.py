@@ -60,6 +60,15 @@ def test_a_run_leaves_its_files(tiny, tmp_path):
     assert state.keys() == run.model.state_dict().keys()
 
 
+def test_how_the_model_is_judged_can_be_given(tiny, tmp_path):
+    def judge(model, dataset, **settings):
+        return {"segm/AP": 0.25, "identity_switches": 3.0}, [{"video_id": dataset}]
+
+    run = tiny.run_tiny(tmp_path, {"eval_every": 0}, val_set="clips", evaluate=judge)
+    assert run.result.best_metrics == {"segm/AP": 0.25, "identity_switches": 3.0}
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"video_id": "clips"}]
+
+
 def test_loss_rows_carry_every_term_and_their_sum(tiny, tmp_path):
     tiny.run_tiny(tmp_path)
     row = read_rows(tmp_path, "loss")[0]

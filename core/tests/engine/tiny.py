@@ -127,7 +127,7 @@ class TinySet:
         return coco_object(images, annotations, CATEGORIES)
 
 
-def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=None, model=None, callback=None):
+def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=None, model=None, **more):
     """Trains a freshly built tiny model; returns it and the result."""
     config = TinyConfig()
     config = replace(config, schedule=replace(config.schedule, **(schedule or {})))
@@ -136,7 +136,7 @@ def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=Non
     options = TrainOptions(**{"device": "cpu", "progress": False, "log_every": 1, **(options or {})})
     info = WeightsInfo(package="tiny", config=asdict(config), categories=CATEGORIES, source="squares")
     train_set = TinySet() if train_set is None else train_set
-    result = train(model, config, train_set, val_set, options, Path(folder), info=info, callback=callback)
+    result = train(model, config, train_set, val_set, options, Path(folder), info=info, **more)
     return SimpleNamespace(model=model, result=result)
 
 

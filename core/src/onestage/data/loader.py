@@ -21,7 +21,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from onestage.config import InputConfig
-from onestage.errors import UserError
+from onestage.errors import UsageError, UserError
 from onestage.structures import Target
 
 Sample = tuple[Tensor, Target]
@@ -186,14 +186,13 @@ class AugmentedDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
         epoch, index = key
-        try:
-            sample = self.dataset[index]
-        except UserError as error:  # raised in the main process: between processes torch would make text of it
-            return error
         with torch.random.fork_rng(devices=[]):
             state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0]))
-            return self.change(*sample)
+            try:
+                return self.change(*self.dataset[index])  # a pair of frames draws its second one
+            except UserError as error:  # raised in the main process: between processes torch would make text of it
+                return error
 
 
 def collate(samples: Sequence[Sample | UserError]) -> tuple[list[Tensor], list[Target]] | UserError:
@@ -229,24 +228,30 @@ def augment(config: InputConfig) -> Augmentation:
     )
 
     def ssd(image: Tensor, target: Target) -> Sample:
+        if target.reference is not None:
+            raise UsageError("pairs of frames cannot be cropped apart", "use --input.augmentation flip")
         return random_flip(*expand_and_crop(photometric(image), target, mean))
 
     return ssd
 
 
 def random_flip(image: Tensor, target: Target) -> Sample:
-    """Mirrors left and right with probability 0.5."""
+    """Mirrors left and right with probability 0.5, a reference frame with its image."""
     if torch.rand(()) >= 0.5:
         return image, target
     width = image.shape[-1]
-    x1, y1, x2, y2 = target.boxes.unbind(1)
     polygons = target.polygons
     if polygons is not None:
         polygons = tuple(
             None if parts is None else tuple(tuple(_mirrored(part, width)) for part in parts) for parts in polygons
         )
-    boxes = torch.stack((width - x2, y1, width - x1, y2), 1)
-    return image.flip(-1), replace(target, boxes=boxes, masks=target.masks.flip(-1), polygons=polygons)
+    reference = target.reference
+    if reference is not None:
+        boxes = _mirrored_boxes(reference.boxes, reference.image.shape[-1])
+        reference = replace(reference, image=reference.image.flip(-1), boxes=boxes)
+    boxes = _mirrored_boxes(target.boxes, width)
+    masks = target.masks.flip(-1)
+    return image.flip(-1), replace(target, boxes=boxes, masks=masks, polygons=polygons, reference=reference)
 
 
 def expand_and_crop(image: Tensor, target: Target, fill: Sequence[float]) -> Sample:
@@ -321,6 +326,11 @@ def _centre_inside(boxes: Tensor, window: tuple[int, int, int, int]) -> Tensor:
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     low, high = boxes.new_tensor(window[:2]), boxes.new_tensor(window[2:])
     return ((centres > low) & (centres < high)).all(1)
+
+
+def _mirrored_boxes(boxes: Tensor, width: int) -> Tensor:
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack((width - x2, y1, width - x1, y2), 1)
 
 
 def _mirrored(polygon: Sequence[float], width: int) -> Iterator[float]:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from onestage.engine.checkpoint import load_checkpoint, save_checkpoint
 from onestage.errors import UserError, some
-from onestage.structures import Target
+from onestage.structures import Reference, Target
 
 
 class NonFiniteLoss(UserError):
@@ -78,7 +79,15 @@ class Suspect:
     def save(self, path: Path, model: nn.Module) -> None:
         """Writes the batch, its random state and the weights it met."""
         targets = [
-            {"boxes": t.boxes, "labels": t.labels, "masks": t.masks, "iscrowd": t.iscrowd, "image_id": t.image_id}
+            {
+                "boxes": t.boxes,
+                "labels": t.labels,
+                "masks": t.masks,
+                "iscrowd": t.iscrowd,
+                "image_id": t.image_id,
+                "track_ids": t.track_ids,
+                "reference": None if t.reference is None else vars(t.reference),
+            }
             for t in self.targets
         ]
         content = {
@@ -122,13 +131,18 @@ def replay(path: str | Path, model: nn.Module, device: torch.device | str = "cpu
     model.load_state_dict(crash["model"])
     model.to(device).train()
     images = [image.to(device) for image in crash["images"]]
-    targets = [Target(**target).to(device) for target in crash["targets"]]
+    targets = [_target_of(saved).to(device) for saved in crash["targets"]]
     with _first_non_finite(model) as found, autocast(device, crash["precision"]):
         seed_step(*crash["seed"])
         losses: Mapping[str, Tensor] = model(images, targets)
     return Replay(
         {name: float(value.detach()) for name, value in losses.items()}, found[0] if found else None, crash["step"]
     )
+
+
+def _target_of(saved: Mapping[str, Any]) -> Target:
+    reference = saved.get("reference")
+    return Target(**{**saved, "reference": None if reference is None else Reference(**reference)})
 
 
 @contextlib.contextmanager

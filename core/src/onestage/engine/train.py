@@ -133,12 +133,13 @@ def train(
     model: nn.Module,
     config: Any,
     train_set: InstanceDataset,
-    val_set: InstanceDataset | None,
+    val_set: Any | None,
     options: TrainOptions,
     folder: Path,
     *,
     info: WeightsInfo,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    evaluate: Callable[..., tuple[dict[str, float], list[dict[str, Any]]]] = evaluate,
 ) -> TrainResult:
     """Trains `model` by `config.schedule` and leaves metrics, checkpoint and best weights in `folder`.
 
@@ -148,11 +149,12 @@ def train(
         model: In train mode `model(images, targets)` gives a dict of scalar losses, in eval mode `model.detect`.
         config: The method's config, of which `schedule` and `input` count here.
         train_set: As CocoDataset.
-        val_set: The same, or None to go without evaluation; then the last weights are the best.
+        val_set: The same, or what `evaluate` takes; None to go without evaluation; then the last weights are the best.
         options: How to run.
         folder: For metrics.csv, metrics.jsonl, last.ckpt, best.safetensors, results.json and crash files.
         info: What the weights are; steps and metrics are filled in.
         callback: Gets each row of metrics, in process 0.
+        evaluate: Scores the model on `val_set`; `evaluate_videos` where that is a set of videos.
 
     Raises:
         Interrupted: a signal ended the run early, saved.
@@ -160,7 +162,7 @@ def train(
         UsageError, MachineError, WeightsError, DatasetError: as their texts say.
     """
     started = time.perf_counter()
-    run = _Run(model, config, train_set, val_set, options, folder, info, callback)
+    run = _Run(model, config, train_set, val_set, options, folder, info, callback, evaluate)
     run.announce()
     run.loop()
     state = run.state
@@ -194,15 +196,17 @@ class _Run:
         model: nn.Module,
         config: Any,
         train_set: InstanceDataset,
-        val_set: InstanceDataset | None,
+        val_set: Any | None,
         options: TrainOptions,
         folder: Path,
         info: WeightsInfo,
         callback: Callable[[dict[str, Any]], None] | None,
+        evaluate: Callable[..., tuple[dict[str, float], list[dict[str, Any]]]],
     ):
         self.schedule: ScheduleConfig = config.schedule
         self.train_set, self.val_set = train_set, val_set
         self.options, self.info, self.folder, self.callback = options, info, folder, callback
+        self.evaluate = evaluate
         self.last_file, self.best_file = folder / "last.ckpt", folder / "best.safetensors"
         self.device = _device(options)
         self.rank = distributed.rank()
@@ -313,7 +317,7 @@ class _Run:
         state, learned = self.state, self.model if self.average is None else self.average.module
         value = 0.0
         if self.val_set is not None:
-            state.metrics, results = evaluate(
+            state.metrics, results = self.evaluate(
                 learned,
                 self.val_set,
                 precision=self.options.precision,
@@ -415,7 +419,8 @@ class _Run:
         free = shutil.disk_usage(self.folder).free
         names = [name for _, name in self.train_set.categories]
         images = f"{len(self.train_set)} images, {len(names)} categories ({some(names)})"
-        held_out = "no validation" if self.val_set is None else f"validation {len(self.val_set)} images"
+        kind = "videos" if hasattr(self.val_set, "videos") else "images"
+        held_out = "no validation" if self.val_set is None else f"validation {len(self.val_set)} {kind}"
         say(f"device {_device_name(self.device)}, {options.precision}, {self.workers} loader workers")
         say(f"data {images}; {held_out}")
         say(
