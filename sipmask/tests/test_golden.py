@@ -1,7 +1,7 @@
 """Parity with the authors' own code: stored inputs, weights and outputs of their heads, losses and inference.
 
 The files are described where they are made; tolerances are theirs. Each test runs every case of its file that image
-models cover: `gn4` (high accuracy), `ssd2` (real time), and the fcos_core profile.
+models cover: `gn4` (high accuracy), `ssd2` (real time), `ssdpp2` (mask re-scoring), the fcos_core profile, and videos.
 """
 
 from dataclasses import replace
@@ -11,21 +11,23 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from onestage.boxes import from_legacy
 from onestage.engine.official import rename
 from onestage.nn import fcos
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
 from onestage.ops.mask_loss import window_mask_loss
-from onestage.structures import ImageFrame, Target
+from onestage.structures import Detections, ImageFrame, Reference, Target
 from onestage.testing import dense_soft_masks
-from sipmask.config import R50, R50_FC, R50_RT_6X, InferenceConfig
+from sipmask.association import Memory, Tracker, associate
+from sipmask.config import PUBLISHED_ASSOCIATION, R50, R50_FC, R50_RT_6X, R101_PLUS_10X, VIDEO, InferenceConfig
 from sipmask.convert import convert_head, head_keys
-from sipmask.decode import assemble, select
-from sipmask.losses import alignment_weights, compute_losses
+from sipmask.decode import assemble, decode, low_resolution_masks, select, to_image
+from sipmask.losses import alignment_weights, compute_losses, jittered, kept_positives, match_loss
 from sipmask.model import SipMaskHead
 from sipmask.targets import assign_targets
 
 pytestmark = pytest.mark.golden
-VARIANTS = {"gn4": R50, "ssd2": R50_RT_6X}
+VARIANTS = {"gn4": R50, "ssd2": R50_RT_6X, "ssdpp2": R101_PLUS_10X}
 
 
 def test_pruned_maps_equal_the_crop_split_kernel(golden):
@@ -134,9 +136,11 @@ def test_targets_and_losses(golden, variant):
         assert torch.equal(targets.assigned.labels[i], labels - 1)
         assert torch.equal(targets.assigned.index[i, positive], case["gt_index_of_pos"][i])
         assert_close(targets.assigned.ltrb[i, positive], case["target_ltrb"][i][positive], atol=1e-4, rtol=0)
-    losses = compute_losses(raw, targets, config)
+    losses = compute_losses(raw, targets, config, head)
     expected = case["losses"]
-    for ours, theirs in _LOSSES.items():
+    terms = _LOSSES | ({"loss_iou": "loss_iou"} if config.rescore else {})
+    assert losses.keys() == terms.keys()
+    for ours, theirs in terms.items():
         assert_close(losses[ours], expected[theirs], rtol=1e-4, atol=0, msg=lambda m, o=ours: f"{o}: {m}")
     sum(losses.values()).backward()
     parameters = dict(head.named_parameters())
@@ -150,7 +154,7 @@ def test_targets_and_losses(golden, variant):
             atol=1e-3 * float(gradient.abs().max()),
         )
     for weighting, key in (("cls", "only_cls"), ("loc", "only_loc"), ("none", "none")):
-        variant_loss = compute_losses(raw, targets, replace(config, weighting=weighting))["loss_mask"]
+        variant_loss = compute_losses(raw, targets, replace(config, weighting=weighting), head)["loss_mask"]
         assert_close(variant_loss, case["loss_mask_variants"][key], rtol=1e-4, atol=0)
 
 
@@ -237,8 +241,16 @@ def test_inference(golden, variant):
         for i, expected in enumerate(run["results"]):
             found = select(raw, i, frame, config)
             boxes = found.boxes / found.boxes.new_tensor([scale[1], scale[0]] * 2)
-            masks = assemble(raw.basis[i], raw.coefficients[i, found.index], found.boxes, frame, config).to_bool()
+            parts = raw.basis[i], raw.coefficients[i, found.index], found.boxes
+            masks = assemble(*parts, frame, config).to_bool()
             _check_detections(boxes, found.scores, found.labels, masks, expected)
+            if config.rescore:
+                with torch.no_grad():
+                    iou = _head(head_case, config).scoring(low_resolution_masks(*parts, config), found.labels)
+                ours = _order(boxes, found.scores, found.labels)
+                theirs = _order(expected["boxes"], expected["scores"], expected["labels"])
+                scores = (iou * found.scores)[ours]
+                assert_close(scores, expected["mask_scores"][theirs], atol=1e-4, rtol=0)
 
 
 def test_inference_of_the_fcos_core_profile(golden):
@@ -261,6 +273,129 @@ def test_inference_of_the_fcos_core_profile(golden):
         masks = assemble(raw.basis[i], raw.coefficients[i, found.index], found.boxes, frame, config).to_bool()
         expected = dict(expected, labels=expected["labels"] - 1)
         _check_detections(found.boxes, found.scores, found.labels, masks, expected)
+
+
+def test_video_head_outputs(golden):
+    case = golden("sipmask_vis_head")["head"]
+    head, raw = _video_head(case)
+    _check_raw(raw, case, case["bbox_preds"])
+    for joined, expected in ((raw.tracking, "track_feats"), (raw.reference_tracking, "track_feats_ref")):
+        assert_close(head.tracking.mix(joined), case[expected], atol=1e-4, rtol=1e-3)
+
+
+def test_embeddings_are_the_tracking_map_at_box_centres(golden):
+    case = golden("sipmask_vis_head")["head"]
+    head, raw = _video_head(case)
+    height, width = case["track_feats"].shape[2:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    centres = torch.stack((columns, rows), 2).flatten(0, 1) * 8.0 + torch.rand(height * width, 2) * 7.9
+    boxes = torch.cat((centres - 20, centres + 20), 1)
+    for i, expected in enumerate(case["track_feats"]):
+        assert_close(head.tracking.embed(raw.tracking[i], boxes), expected.flatten(1).T, atol=1e-4, rtol=1e-3)
+    far = torch.tensor([[-500.0, -500.0, -300.0, -300.0], [900.0, 900.0, 990.0, 990.0]])
+    corners = case["track_feats"][0][:, [0, -1], [0, -1]].T
+    assert_close(head.tracking.embed(raw.tracking[0], far), corners, atol=1e-4, rtol=1e-3)
+
+
+def test_video_losses(golden):
+    file = golden("sipmask_vis_head")
+    case, config = file["loss"], _config(VIDEO, file["head"])
+    head, raw = _video_head(file["head"], train=True)
+    ids = [torch.arange(100, 100 + len(boxes)) for boxes in case["ref_boxes"]]
+    targets = [
+        replace(
+            target,
+            # gt_pids counts from 1 among the reference boxes; 0 is an object that is not there.
+            track_ids=torch.where(pids > 0, other[(pids - 1).clamp(min=0)], -1),
+            reference=Reference(torch.zeros(3, 1, 1), boxes, other),
+        )
+        for target, pids, other, boxes in zip(_targets(case), case["gt_pids"], ids, case["ref_boxes"], strict=True)
+    ]
+    assigned = assign_targets(targets, raw, config)
+    for i, labels in enumerate(case["target_labels"]):
+        assert torch.equal(assigned.assigned.labels[i], labels - 1)
+        assert torch.equal(assigned.assigned.index[i, labels > 0], case["gt_index_of_pos"][i])
+    boxes = [jittered(other, draw) for other, draw in zip(case["ref_boxes"], case["jitter"], strict=True)]
+    for i, expected in enumerate(case["jittered_ref_boxes"]):
+        assert_close(boxes[i], expected, atol=1e-4, rtol=0)
+        embeddings = head.tracking.embed(raw.reference_tracking[i], boxes[i])
+        assert_close(embeddings, case["ref_embeddings"][i], atol=1e-4, rtol=1e-3)
+    losses = compute_losses(raw, assigned, config, head)
+    kept = [kept_positives(raw, assigned, i, config) for i in range(len(targets))]
+    losses["loss_match"] = match_loss(raw, assigned, kept, head.tracking, config, case["jitter"])
+    for ours, theirs in (_LOSSES | {"loss_match": "loss_match"}).items():
+        assert_close(losses[ours], case["losses"][theirs], rtol=1e-4, atol=0, msg=lambda m, o=ours: f"{o}: {m}")
+    sum(losses.values()).backward()
+    parameters = dict(head.named_parameters())
+    for name, gradient in case["grads"].items():
+        ours = parameters[_our_name(name, config)].grad
+        assert_close(ours, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_video_frames(golden):
+    file = golden("sipmask_vis_head")
+    case, cfg = file["frames"], file["frames"]["cfg"]
+    rules = InferenceConfig(
+        nms="fast",
+        candidates_per_level=cfg["nms_pre"],
+        score_threshold=cfg["score_thr"],
+        iou_threshold=cfg["iou_thr"],
+        max_detections=cfg["max_per_img"],
+        mask_threshold=cfg["mask_thr"],
+        mask_rounding="floor",
+    )
+    config = replace(_config(VIDEO, file["head"]), inference=rules)
+    head = _head(file["head"], config).eval()
+    scale = (case["scale_factor"],) * 2
+    frame = ImageFrame(tuple(case["ori_shape"]), tuple(case["img_shape"]), tuple(case["img_shape"]), scale)
+    tracker, memory = Tracker(PUBLISHED_ASSOCIATION), None
+    for expected in case["frames"]:
+        with torch.no_grad():
+            raw = head(expected["feats"])
+            found = decode(raw, [frame], head, config)[0]
+        legacy = select(raw, 0, frame, config)
+        assert_close(legacy.boxes / scale[0], expected["boxes"], atol=1e-2, rtol=0)
+        assert_close(found.boxes, to_image(legacy, frame).boxes)
+        assert_close(found.scores, expected["scores"], atol=1e-4, rtol=0)
+        assert torch.equal(found.labels, expected["labels"])
+        result = associate(Memory.empty(found) if memory is None else memory, found, PUBLISHED_ASSOCIATION)
+        memory = result.memory
+        assert torch.equal(result.track_ids, expected["ids"])
+        if expected["comp_scores"].numel():
+            assert_close(result.scores, expected["comp_scores"], atol=1e-3, rtol=0)
+        followed = tracker.update(found)
+        assert sorted(followed.track_ids.tolist()) == sorted(expected["masks"])
+        for number, mask in zip(followed.track_ids.tolist(), followed.masks.to_bool(), strict=True):
+            wanted = expected["masks"][number].bool()
+            assert (mask & wanted).sum() >= 0.99 * (mask | wanted).sum()
+
+
+@pytest.mark.parametrize("sequence", ["main", "first_frame_empty", "random"])
+def test_association(golden, sequence):
+    memory = None
+    for frame in golden("sipmask_vis_track")[sequence]["frames"]:
+        boxes = from_legacy(frame["boxes"])
+        embeddings = frame["embeddings"].reshape(len(boxes), 512)
+        found = Detections((1000, 1000), boxes, frame["scores"], frame["labels"], embeddings=embeddings)
+        if memory is None or frame["is_first"]:
+            memory = Memory.empty(found)
+        result = associate(memory, found, PUBLISHED_ASSOCIATION)
+        memory = result.memory
+        assert torch.equal(result.track_ids, frame["ids"])
+        if frame["comp_scores"].numel():
+            assert_close(result.scores, frame["comp_scores"], atol=1e-3, rtol=0)
+        assert memory.track_ids.tolist() == list(range(len(frame["memory_labels"])))
+        assert_close(memory.boxes, from_legacy(frame["memory_boxes"][:, :4]))
+        assert torch.equal(memory.labels, frame["memory_labels"])
+        assert_close(memory.embeddings.sum(1), frame["memory_feat_sum"], atol=1e-3, rtol=1e-4)
+
+
+def _video_head(case, train=False):
+    """The head and its raw outputs for the stored pyramids of both frames."""
+    head = _head(case, VIDEO).train(True)
+    with torch.set_grad_enabled(train):
+        raw = head(case["feats"])
+        return head, raw._replace(reference_tracking=head.tracking(case["ref_feats"]))
 
 
 def _check_detections(boxes, scores, labels, masks, expected):

@@ -1,4 +1,4 @@
-"""Official SipMask checkpoints to ours: both key layouts, every tensor accounted for.
+"""Official SipMask checkpoints to ours: images (two layouts), SipMask++ and videos, every tensor accounted for.
 
 `python -m sipmask.convert --from FILE --to FILE` is the command.
 """
@@ -9,15 +9,25 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from onestage.config import BackboneConfig
+from onestage.config import BackboneName
 from onestage.engine.official import KeyRules, convert_keys, plain
 from onestage.errors import WeightsError, some
-from sipmask.config import R50, R50_FC, R50_RT_6X, R50_RT_10X, SipMaskConfig
+from sipmask.config import (
+    R50,
+    R50_FC,
+    R50_RT_6X,
+    R50_RT_10X,
+    R101_PLUS_6X,
+    R101_PLUS_10X,
+    VIDEO,
+    SipMaskConfig,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _TRUNK_MM: KeyRules = (
+    (r"backbone\.(layer\d\.\d+)\.conv2_offset\.(weight|bias)", r"backbone.\1.conv2.conv_offset.\2"),  # older files
     (r"(backbone\..+)", r"\1"),
     (r"neck\.lateral_convs\.([0-2])\.conv\.(weight|bias)", r"fpn.lateral.\1.\2"),
     (r"neck\.fpn_convs\.([0-2])\.conv\.(weight|bias)", r"fpn.output.\1.\2"),
@@ -49,6 +59,11 @@ _HEAD_MM: KeyRules = (
     (r"fcos_cls\.(weight|bias)", r"logits.\1"),
     (r"fcos_reg\.(weight|bias)", r"distances.\1"),
     (r"fcos_centerness\.(weight|bias)", r"centerness.\1"),
+    (r"convs_scoring\.(\d)\.conv\.(weight|bias)", r"scoring.convs.\1.\2"),
+    (r"mask_scoring\.(weight|bias)", r"scoring.out.\1"),
+    (r"track_convs\.(\d+)\.conv\.(weight|bias)", r"tracking.tower.\1.0.\2"),
+    (r"track_convs\.(\d+)\.gn\.(weight|bias)", r"tracking.tower.\1.1.\2"),
+    (r"(?:sipmask|fovea)_track\.(weight|bias)", r"tracking.mix.\1"),  # the first released file has the latter
     *_HEAD_SHARED,
 )
 _HEAD_FC: KeyRules = (
@@ -111,39 +126,44 @@ def model_keys(config: SipMaskConfig) -> KeyRules:
 
 
 def config_of(state: dict[str, Tensor]) -> SipMaskConfig:
-    """The configuration that fits an official image checkpoint: code base, norm, tower depth, trunk, classes.
+    """The configuration that fits an official checkpoint: code base, norm, depths, trunk, classes, what it is for.
 
     Raises:
-        WeightsError: neither layout, or a video or mask-scoring model.
+        WeightsError: neither layout.
     """
     state = plain(state)
     if "rpn.head.cls_logits.weight" in state:
         config = replace(R50_FC, num_classes=len(state["rpn.head.cls_logits.weight"]))
         prefix = "backbone.body.layer3."
     elif "bbox_head.fcos_cls.weight" in state:
-        for sign, what in (("bbox_head.sipmask_track", "video"), ("bbox_head.convs_scoring", "mask-scoring")):
-            if any(key.startswith(sign) for key in state):
-                raise WeightsError(
-                    f"this is a {what} SipMask checkpoint; only image models can be read", "use an image checkpoint"
-                )
         config = replace(_mm_config(state), num_classes=len(state["bbox_head.fcos_cls.weight"]))
         prefix = "backbone.layer3."
     else:
         raise WeightsError(
             f"not a SipMask checkpoint: its first keys are {some(sorted(state), 3)}",
-            "pass a file of the authors' image models (keys bbox_head.fcos_cls.weight or rpn.head.cls_logits.weight)",
+            "pass a file of the authors' models (keys bbox_head.fcos_cls.weight or rpn.head.cls_logits.weight)",
         )
     blocks = 1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix))
-    if blocks == 23:
-        config = replace(config, backbone=BackboneConfig(name="resnet101", stride_in_1x1=True))
-    return config
+    name: BackboneName = "resnet101" if blocks == 23 else "resnet50"
+    if any("offset" in key for key in state if key.startswith("backbone.")):
+        return replace(config, backbone=replace(R101_PLUS_6X.backbone, name=name))
+    return replace(config, backbone=replace(config.backbone, name=name))
 
 
 def _mm_config(state: dict[str, Tensor]) -> SipMaskConfig:
-    depth = len([key for key in state if re.fullmatch(r"bbox_head\.reg_convs\.\d+\.conv\.weight", key)])
+    depth, track_depth = (_depth(state, tower) for tower in ("reg_convs", "track_convs"))
+    if track_depth > 0:  # one released file has deeper towers than its code
+        return replace(VIDEO, tower_depth=depth, track_depth=track_depth)
+    if "bbox_head.mask_scoring.weight" in state:
+        config = R101_PLUS_10X if "bbox_head.reg_convs.0.gn.weight" in state else R101_PLUS_6X
+        return replace(config, tower_depth=depth, backbone=R50.backbone)
     if "bbox_head.reg_convs.0.gn.weight" not in state:
         return replace(R50_RT_6X, tower_depth=depth)
     return replace(R50_RT_10X if depth == 2 else R50, tower_depth=depth)
+
+
+def _depth(state: dict[str, Tensor], tower: str) -> int:
+    return len([key for key in state if re.fullmatch(rf"bbox_head\.{tower}\.\d+\.conv\.weight", key)])
 
 
 def _convert(

@@ -6,7 +6,6 @@ Boxes stay legacy (inclusive) until `to_image`, which makes them exclusive.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +22,7 @@ from sipmask.config import SipMaskConfig
 
 if TYPE_CHECKING:
     from onestage.masks import Masks
-    from sipmask.model import RawOutput
+    from sipmask.model import RawOutput, SipMaskHead
 
 MaskForm = Literal["binary", "soft", "lowres", "none"]
 
@@ -48,7 +47,7 @@ class Selected:
 def decode(
     raw: RawOutput,
     frames: list[ImageFrame],
-    coefficients_at: Callable[[int, Tensor], Tensor],
+    head: SipMaskHead,
     config: SipMaskConfig,
     masks: MaskForm = "binary",
 ) -> list[Detections]:
@@ -57,16 +56,23 @@ def decode(
     Args:
         raw: Outputs of the network; `coefficients` is not read.
         frames: How each image became input.
-        coefficients_at: (image, locations [N]) to coefficients [N, rows * columns * m].
+        head: Gives the coefficients of what was selected, the masks' scores and the embeddings.
         config: Inference settings and grid.
-        masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks` at image or basis resolution.
+        masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks` at image or basis resolution. But for
+            `none`, a model that re-scores fills `mask_scores`.
     """
     decoded = []
     for i, frame in enumerate(frames):
         selected = select(raw, i, frame, config)
         found = to_image(selected, frame)
+        if head.tracking is not None:
+            assert raw.tracking is not None
+            found = replace(found, embeddings=head.tracking.embed(raw.tracking[i], selected.boxes))
         if masks != "none":
-            parts = raw.basis[i], coefficients_at(i, selected.index), selected.boxes
+            parts = raw.basis[i], head.coefficients_at(raw, i, selected.index), selected.boxes
+            if head.scoring is not None:
+                iou = head.scoring(low_resolution_masks(*parts, config), selected.labels)
+                found = replace(found, mask_scores=iou * selected.scores)
             if masks == "binary":
                 found = replace(found, masks=assemble(*parts, frame, config))
             elif masks == "soft":

@@ -1,13 +1,14 @@
 """SipMask (Cao et al., ECCV 2020): FCOS whose boxes carry one coefficient set per sub-region.
 
 Figure 3: `SipMask` is the whole, `SipMaskHead` its two branches, `FeatureAlignment` Sec. 3.1, `BasisMasks` Sec. 3.2;
-`decode` is Sec. 3.3, `losses` Sec. 3.4. Where the paper is silent or differs from the released code, the code is
-followed (docs/methods/sipmask.md): a 1x1 conv before the basis conv, box distances without exp, centerness.
+`decode` is Sec. 3.3, `losses` Sec. 3.4, `tracking` and `association` Sec. 3.5. Where the paper is silent or differs
+from the released code, the code is followed (docs/methods/sipmask.md): a 1x1 conv before the basis conv, box distances
+without exp, centerness.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,13 @@ from onestage.nn.towers import Scale, conv_at, conv_tower, group_norm, init_norm
 from onestage.ops.deform import deform_conv2d
 from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import prepare_batch
+from sipmask.association import Tracker
 from sipmask.config import SipMaskConfig
 from sipmask.decode import MaskForm, decode
 from sipmask.losses import compute_losses
+from sipmask.scoring import MaskScoring
 from sipmask.targets import assign_targets
+from sipmask.tracking import TrackingBranch
 
 DEFORM_GROUPS = 4
 # Public `mask_output` to the forms of `decode`; the rest are made from binary masks.
@@ -36,22 +40,27 @@ class RawOutput(NamedTuple):
     """What the network says about B images at the P locations of all levels."""
 
     logits: Tensor  # [B, P, K] class logits
-    distances: Tensor  # [B, P, 4] left, top, right, bottom, input pixels; may be negative under "mm"
+    distances: Tensor  # [B, P, 4] left, top, right, bottom, input pixels; may be negative but under "fc"
     centerness: Tensor  # [B, P] logits
     coefficients: Tensor | None  # [B, P, rows * columns * m]; None at inference, see `coefficients_at`
     aligned: list[Tensor]  # per level [B, C, h, w], what the coefficients are read from
     basis: Tensor  # [B, m, h, w] basis masks at stride 8, >= 0
     points: Tensor  # [P, 2] (x, y) locations, input pixels, level by level, row by row
     sizes: list[tuple[int, int]]  # (h, w) of each level
+    tracking: Tensor | None = None  # [B, 3 * C, h, w] tracking features at stride 8, of video models
+    reference_tracking: Tensor | None = None  # the same of the reference frames, in training
 
 
 class SipMask(nn.Module):
-    """SipMask for images.
+    """SipMask for images and, with a tracking branch, for videos.
 
     Train: `model(images, targets)` -> dict of scalar losses. Eval: `model(images)` -> list of dicts (`boxes` xyxy
     image pixels, `labels`, `scores`, `masks`). Images are [3, H, W] RGB, uint8 or float in 0..1, of any size;
     resizing, normalising and padding happen inside. `mask_output` says in which form "masks" comes
     (`Detections.as_dict`).
+
+    A video model (`config.is_video`) trains on pairs of frames: its targets carry `track_ids` and a `reference`. In
+    eval mode it finds instances frame by frame, with an embedding each, and `tracker` says which object they are.
 
     Args:
         config: Every switch of the method.
@@ -80,23 +89,60 @@ class SipMask(nn.Module):
             raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True, legacy_boxes=True)
-        raw = self.raw_outputs(batch.pixels)
-        return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.config)
+        if self.config.is_video and batch.references is None:
+            raise UsageError(
+                "a video model trains on pairs of frames, and a target has no reference frame",
+                "give every target track_ids and a reference: a dict of image, boxes and track_ids",
+            )
+        raw = self.raw_outputs(batch.pixels, batch.references)
+        return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.config, self.head)
 
     @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
         """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
         return self._detect(images, "binary" if masks else "none")
 
-    def raw_outputs(self, pixels: Tensor) -> RawOutput:
-        """Network outputs for normalised, padded pixels [B, 3, H, W]."""
+    def tracker(self, max_age: int | None = None, max_tracks: int | None = None) -> Tracker:
+        """Follows objects through one video: `tracker.update(model.detect([frame])[0])`, frame by frame.
+
+        Args:
+            max_age: Frames after which an object not seen again is forgotten; None: as the config says.
+            max_tracks: Objects remembered at most; None: as the config says.
+
+        Raises:
+            UsageError: this is a model for images.
+        """
+        if not self.config.is_video:
+            raise UsageError(
+                "this model has no tracking branch and cannot follow objects",
+                "use weights of a video variant; sipmask.to_video makes one of an image model, to be trained",
+            )
+        rules = self.config.association
+        return Tracker(
+            replace(
+                rules,
+                max_age=rules.max_age if max_age is None else max_age,
+                max_tracks=rules.max_tracks if max_tracks is None else max_tracks,
+            )
+        )
+
+    def raw_outputs(self, pixels: Tensor, references: Tensor | None = None) -> RawOutput:
+        """Network outputs for normalised, padded pixels [B, 3, H, W], and for reference frames of that size."""
+        if references is None or not self.config.is_video:
+            return self.head(self._pyramid(pixels))
+        levels = self._pyramid(torch.cat((pixels, references)))
+        raw: RawOutput = self.head([level[: len(pixels)] for level in levels])
+        assert self.head.tracking is not None
+        return raw._replace(reference_tracking=self.head.tracking([level[len(pixels) :] for level in levels]))
+
+    def _pyramid(self, pixels: Tensor) -> list[Tensor]:
         _, *features = self.backbone(pixels)
-        return self.head(self.fpn(features))
+        return self.fpn(features)  # type: ignore[no-any-return]
 
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
-        return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, masks)
+        return decode(raw, batch.frames, self.head, self.config, masks)
 
 
 class SipMaskHead(nn.Module):
@@ -117,6 +163,9 @@ class SipMaskHead(nn.Module):
         self.scales = nn.ModuleList(Scale() for _ in fcos.STRIDES)
         self.basis = BasisMasks(config)
         self._initialise()
+        # After what an image model has, so that the same seed gives both the same start.
+        self.scoring = MaskScoring(config) if config.rescore else None
+        self.tracking = TrackingBranch(config) if config.is_video else None
 
     def forward(self, features: list[Tensor]) -> RawOutput:
         """Raw outputs from the pyramid P3..P7, each [B, C, h, w]."""
@@ -141,6 +190,7 @@ class SipMaskHead(nn.Module):
             basis=self.basis(box_features[:3]),
             points=fcos.locations(sizes, device=features[0].device),
             sizes=sizes,
+            tracking=None if self.tracking is None else self.tracking(features),
         )
 
     def coefficients_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
@@ -150,9 +200,9 @@ class SipMaskHead(nn.Module):
     def _initialise(self) -> None:
         for part in (self.cls_tower, self.box_tower, self.alignment, self.logits, self.distances, self.centerness):
             init_normal(part)
-        if self.config.profile == "mm":  # fc leaves both to the framework's default
+        if self.config.profile != "fc":  # fc leaves both to the framework's default
             init_normal(self.basis)
-            init_normal(self.coefficients, 0.001)
+            init_normal(self.coefficients, 0.001 if self.config.profile == "mm" else 0.01)
         assert self.logits.bias is not None
         nn.init.constant_(self.logits.bias, prior_bias())
         if self.alignment.offset is not None:
