@@ -2,12 +2,23 @@ import inspect
 import json
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
 from onestage.config import config_from_dict
-from sipmask.config import ABLATION, R50, R50_RT_6X, R101_MS_6X, VARIANTS, SipMaskConfig
+from sipmask.config import (
+    ABLATION,
+    R50,
+    R50_RT_6X,
+    R101_MS_6X,
+    R101_PLUS_6X,
+    R101_RT_6X,
+    VARIANTS,
+    VIDEO,
+    VIDEO_MS,
+    SipMaskConfig,
+)
 
 
 def test_the_full_model_is_the_default():
@@ -29,6 +40,19 @@ def test_real_time_models_are_shallow_and_trained_long():
     assert R50_RT_6X.input.test_size == (544, 544)
     assert (R50_RT_6X.schedule.length, R50_RT_6X.schedule.milestones) == (72, (60, 69))
     assert R101_MS_6X.schedule.length == 72
+
+
+def test_plus_plus_is_the_real_time_model_with_two_parts_more():
+    assert replace(R101_PLUS_6X, rescore=False, backbone=R101_RT_6X.backbone) == R101_RT_6X
+    assert R101_PLUS_6X.backbone.deformable_interval == 3
+    assert not R101_PLUS_6X.backbone.modulated
+
+
+def test_video_models_find_ten_objects_a_frame_and_never_forget_them():
+    assert [name for name, config in VARIANTS.items() if config.is_video] == ["video", "video_ms", "video_small"]
+    assert (VIDEO.inference.max_detections, VIDEO.inference.score_threshold) == (10, 0.03)
+    assert VIDEO.association.max_age is VIDEO.association.max_tracks is None
+    assert replace(VIDEO_MS, input=VIDEO.input) == VIDEO
 
 
 @pytest.mark.parametrize("name", VARIANTS)

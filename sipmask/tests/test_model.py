@@ -5,9 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from onestage.errors import UsageError
-from sipmask.config import DEMO, R50, R50_RT_6X
+from sipmask.config import DEMO, R50, R50_RT_6X, VIDEO_SMALL
 from sipmask.model import SipMask
 
+VIDEO = replace(VIDEO_SMALL, num_classes=3, input=DEMO.input)
+PLUS = replace(DEMO, rescore=True, backbone=replace(DEMO.backbone, deformable_stages=(2, 3, 4), deformable_interval=3))
 TINY = replace(DEMO, inference=replace(DEMO.inference, score_threshold=0.0))
 
 
@@ -158,6 +160,104 @@ def test_every_switch_trains_and_detects(images, change):
     assert torch.isfinite(sum(losses.values()))
     with torch.no_grad():
         assert len(model.eval().detect(images[:1])[0].masks) > 0
+
+
+def _pair(labels, track_ids, known):
+    target = _target(labels)
+    reference = {
+        "image": torch.zeros(3, 96, 128, dtype=torch.uint8),
+        "boxes": target["boxes"][: len(known)],
+        "track_ids": known,
+    }
+    return target | {"track_ids": track_ids, "reference": reference}
+
+
+def test_a_video_model_learns_from_pairs_of_frames(images):
+    model = _model(VIDEO).train()
+    losses = model(images, [_pair([0, 1], [4, 5], [5, 4]), _pair([2], [9], [9])])
+    assert set(losses) == {"loss_cls", "loss_box", "loss_centerness", "loss_mask", "loss_match"}
+    losses["loss_match"].backward()
+    assert model.head.tracking.mix.weight.grad.abs().sum() > 0
+    assert model.backbone.layer1[0].conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [_pair([], [], []), _pair([], [], [])],
+        [_pair([0], [1], []), _pair([1, 2], [1, 2], [7])],
+    ],
+    ids=["nothing in either frame", "other objects in the reference"],
+)
+def test_frames_without_a_common_object_train(images, pairs):
+    model = _model(VIDEO).train()
+    losses = model(images, pairs)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_match_that_is_found_costs_less(images):
+    """The embedding of an object equals its reference's where both frames are the same."""
+    model = _model(VIDEO).train()
+    target = _target([0, 1]) | {"track_ids": [1, 2]}
+    both = {"image": images[0], "boxes": target["boxes"]}
+    with torch.no_grad():
+        model.head.tracking.mix.weight.mul_(8)
+        right, wrong = (
+            model(images[:1], [target | {"reference": both | {"track_ids": ids}}])["loss_match"]
+            for ids in ([1, 2], [2, 1])
+        )
+    assert right < wrong
+
+
+def test_stills_cannot_train_a_video_model(images):
+    with pytest.raises(UsageError, match="pairs of frames"):
+        _model(VIDEO).train()(images, [_pair([0], [1], [1]), _target([1])])
+
+
+@torch.no_grad()
+def test_a_video_model_gives_embeddings_and_follows_objects(images):
+    model = _model(replace(VIDEO, inference=replace(VIDEO.inference, score_threshold=0.0))).eval()
+    tracker = model.tracker()
+    found = model.detect(images[:1])[0]
+    assert found.embeddings.shape == (len(found), 64) == (10, 64)
+    first, again = tracker.update(found), tracker.update(found)
+    assert first.track_ids.tolist() == list(range(10))
+    assert len(again.masks) == len(again) <= 10
+    assert len(set(again.track_ids.tolist())) == len(again)
+    assert {"embeddings", "masks"} <= model(images[:1])[0].keys()
+    assert model.tracker(max_age=3, max_tracks=2).rules.max_tracks == 2
+
+
+def test_an_image_model_has_no_tracker():
+    with pytest.raises(UsageError, match="no tracking branch"):
+        _model().tracker()
+
+
+def test_masks_are_scored_and_the_scoring_net_learns(images):
+    model = _model(replace(PLUS, inference=TINY.inference))
+    generous = _target([0, 1])
+    with torch.no_grad():
+        model.head.distances.bias.fill_(2.0)  # boxes, or no mask has an IoU to speak of
+        model.head.scoring.out.bias.fill_(0.5)
+    losses = model.train()(images, [generous, _target([])])
+    assert losses["loss_iou"] > 0
+    losses["loss_iou"].backward()
+    assert all(parameter.grad is not None for parameter in model.head.scoring.parameters())
+    assert model.head.scoring.out.bias.grad.abs().sum() > 0
+    assert model.head.coefficients.weight.grad is None  # the masks themselves do not learn from their scores
+    with torch.no_grad():
+        found = model.eval().detect(images[:1])[0]
+        assert found.mask_scores.shape == found.scores.shape
+        assert not torch.equal(found.mask_scores, found.scores)
+        assert model.detect(images[:1], masks=False)[0].mask_scores is None
+
+
+def test_a_batch_without_instances_keeps_the_scoring_net_in_the_graph(images):
+    model = _model(PLUS).train()
+    sum(model(images, [_target([]), _target([])]).values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_alignment_starts_as_a_plain_convolution():

@@ -95,7 +95,7 @@ def associate(memory: Memory, found: Detections, rules: AssociationConfig) -> As
     best, choice = scores.max(1)
     track_ids = choice.new_full((len(found),), -1)
     taken_by = [(LOWEST, -1)] * len(memory)  # of each object: the best score so far and whose it is
-    new = []
+    new: list[int] = []
     for detection, (score, column) in enumerate(zip(best.tolist(), choice.tolist(), strict=True)):
         if column == 0:
             track_ids[detection] = memory.next_id + len(new)

@@ -171,7 +171,7 @@ def scoring_loss(
 ) -> Tensor:
     """Squared error of the predicted mask IoU, over masks that are of some use and of objects of some size."""
     assert raw.coefficients is not None
-    errors = [sum(parameter.sum() for parameter in scoring.parameters())[None] * 0]  # in the graph, come what may
+    errors = [torch.stack([parameter.sum() for parameter in scoring.parameters()]) * 0]  # in the graph in any case
     for i, of_image in enumerate(kept):
         truth = masks_on_grid(targets.masks[i], config.basis_stride)
         of_image = of_image[truth.sum((1, 2), dtype=torch.int64)[of_image.instance] >= SCORED_AREA]

@@ -29,6 +29,16 @@ def infer_config(state: "dict[str, Tensor]") -> SipMaskConfig:
     return config_of(state)
 
 
+def is_video(config: SipMaskConfig) -> bool:
+    return config.is_video
+
+
+def to_video(words: list[str]) -> int:
+    from sipmask.to_video import run
+
+    return run(words)
+
+
 METHOD = Method(
     name="sipmask",
     title="SipMask (ECCV 2020): one coefficient set per sub-region of a box",
@@ -40,4 +50,6 @@ METHOD = Method(
     build=build,
     convert=convert,
     infer_config=infer_config,
+    is_video=is_video,
+    extra_verbs={"to_video": to_video},
 )

@@ -137,7 +137,8 @@ class SipMask(nn.Module):
 
     def _pyramid(self, pixels: Tensor) -> list[Tensor]:
         _, *features = self.backbone(pixels)
-        return self.fpn(features)  # type: ignore[no-any-return]
+        levels: list[Tensor] = self.fpn(features)
+        return levels
 
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
