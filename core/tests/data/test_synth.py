@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from onestage.data.coco import CocoDataset, locate
-from onestage.data.synth import DIFFICULTIES, NAMES, ShapesDataset, make_shapes
+from onestage.data.drawing import NAMES
+from onestage.data.synth import DIFFICULTIES, ShapesDataset, make_shapes
 from onestage.errors import UsageError
 from onestage.masks import Masks
 

@@ -44,15 +44,21 @@ class Split:
 
 
 def locate(
-    data: Path | None, split: Literal["train", "val"], *, json: Path | None = None, images: Path | None = None
+    data: Path | None,
+    split: Literal["train", "val"],
+    *,
+    json: Path | None = None,
+    images: Path | None = None,
+    variable: str = "COCO_ROOT",
 ) -> Split:
     """Finds the annotation file and the image folder of a split.
 
     Args:
-        data: The data set's folder; None takes the environment variable COCO_ROOT.
+        data: The data set's folder; None takes it from the environment.
         split: Which part.
         json: With `images`, the files themselves; `data` is then not looked at.
         images: With `json`.
+        variable: The environment variable that names the folder: COCO_ROOT, or YTVIS_ROOT for videos.
 
     Raises:
         UsageError: nothing that says where the data is.
@@ -61,11 +67,13 @@ def locate(
     if json is not None or images is not None:
         return _explicit(split, json, images)
     if data is None:
-        root = os.environ.get("COCO_ROOT")
+        root = os.environ.get(variable)
         if not root:
+            generated = "shapes" if variable == "COCO_ROOT" else "clips --video"
             raise UsageError(
-                "no data set: --data is not given and COCO_ROOT is not set",
-                "give --data FOLDER; to try without data: python -m onestage.synth shapes, then --data shapes",
+                f"no data set: --data is not given and {variable} is not set",
+                f"give --data FOLDER; to try without data: python -m onestage.synth {generated}, then --data "
+                + generated.split()[0],
             )
         data = Path(root)
     if not data.is_dir():
@@ -175,6 +183,23 @@ class CocoDataset:
         """[len] float64 width / height."""
         return self.image_sizes[:, 1] / self.image_sizes[:, 0]
 
+    def image(self, index: int) -> Tensor:
+        """[3, H, W] uint8 RGB; a file that cannot be read is an error, whatever `on_bad_sample` says."""
+        return self._image(int(self._positions[index]))
+
+    def target(self, index: int) -> Target:
+        """The image's target, without reading the image."""
+        return self._target(int(self._positions[index]))
+
+    def annotations_of(self, index: int) -> range:
+        """Positions in `annotations` of what is annotated in the image."""
+        return self.annotations.of_image(int(self._positions[index]))
+
+    def num_instances(self, index: int) -> int:
+        """How many instances of the image training can learn from: those of its target that are no crowds."""
+        crowds = self.annotations.crowds[self.annotations_of(index)]
+        return int((self._in_target(int(self._positions[index]))[0] & ~crowds).sum())
+
     def path(self, index: int) -> Path:
         """Where the image lies."""
         return self.folder / self.annotations.file_name(int(self._positions[index]))
@@ -229,12 +254,17 @@ class CocoDataset:
             raise DatasetError(f"image '{path}' is a link out of its folder", "copy the file, or link the whole folder")
         return read_image(path, max_pixels=self.max_pixels, size=self._size(position))
 
+    def _in_target(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which annotations of an image become instances of its target, and the clipped boxes xyxy of all."""
+        flat, all_of_it = self.annotations, self.annotations.of_image(position)
+        boxes = _clipped_xyxy(flat.boxes[all_of_it.start : all_of_it.stop], self._size(position))
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return (sides >= 1).all(1) & ~(flat.areas[all_of_it.start : all_of_it.stop] <= 0), boxes
+
     def _target(self, position: int) -> Target:
         flat, size = self.annotations, self._size(position)
         all_of_it = flat.of_image(position)
-        boxes = _clipped_xyxy(flat.boxes[all_of_it.start : all_of_it.stop], size)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        usable = (sides >= 1).all(1) & ~(flat.areas[all_of_it.start : all_of_it.stop] <= 0)
+        usable, boxes = self._in_target(position)
         chosen = [i for i, use in zip(all_of_it, usable, strict=True) if use]
         masks = Masks.from_rle([flat.rle(i, size) for i in chosen], size)
         polygons = None
@@ -248,6 +278,7 @@ class CocoDataset:
             iscrowd=torch.from_numpy(flat.crowds[chosen]),
             image_id=int(flat.image_ids[position]),
             polygons=polygons,
+            track_ids=torch.from_numpy(flat.track_ids[chosen]) if flat.videos else None,
         )
 
 

@@ -29,6 +29,25 @@ MAX_PIXELS = 100_000_000  # of an image
 
 OnBadSample = Literal["raise", "skip"]
 
+_TRACK = "/track"  # key of the annotations made of YouTube-VIS tracks
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a YouTube-VIS file.
+
+    Args:
+        id: The file's.
+        size: (height, width) of every frame, pixels.
+        num_frames: How many it has.
+        first: Image id of its first frame; the others count on from there.
+    """
+
+    id: int
+    size: tuple[int, int]
+    num_frames: int
+    first: int
+
 
 @dataclass(frozen=True, eq=False)
 class Annotations:
@@ -53,6 +72,8 @@ class Annotations:
         rle_ends: [A + 1] int64, compressed run lengths of annotation a; none where it has polygons.
         rles: [all characters] uint8.
         problems: What was left out, one line each.
+        track_ids: [A] int64, the track that an annotation of a YouTube-VIS file belongs to; -1 in other files.
+        videos: The videos of a YouTube-VIS file, whose frames are the images; none in other files.
     """
 
     source: str
@@ -73,6 +94,8 @@ class Annotations:
     rle_ends: np.ndarray
     rles: np.ndarray
     problems: tuple[str, ...]
+    track_ids: np.ndarray
+    videos: tuple[Video, ...] = ()
 
     def file_name(self, image: int) -> str:
         return self.names[self.name_ends[image] : self.name_ends[image + 1]].tobytes().decode("utf-8")
@@ -115,8 +138,9 @@ def read_annotations(
     source = f"dataset '{path}'"
     if isinstance(content, list):
         raise DatasetError(f"{source} is a list; is it a results file?", "give the annotation file of the data set")
+    videos: tuple[Video, ...] = ()
     if isinstance(content, dict) and "videos" in content:
-        content = _frames_as_images(content, source)
+        content, videos = _frames_as_images(content, source)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DatasetError(f"{source} has no list '{key}'", "use COCO format: images, annotations, categories")
@@ -139,6 +163,7 @@ def read_annotations(
         names=np.frombuffer(b"".join(names), dtype=np.uint8),
         name_ends=_ends([len(name) for name in names]),
         problems=tuple(problems),
+        videos=videos,
         **checked,
     )
 
@@ -281,6 +306,7 @@ def _check_annotations(
     ids: list[int] = []
     labels: list[int] = []
     numbers = array("d")  # x, y, width, height, area
+    tracks: list[int] = []
     crowds: list[bool] = []
     polygon_counts: list[int] = []
     point_counts: list[int] = []
@@ -316,6 +342,7 @@ def _check_annotations(
         numbers.extend(annotation["bbox"])
         numbers.append(annotation.get("area", math.nan))
         crowds.append(bool(annotation.get("iscrowd", 0)))
+        tracks.append(annotation.get(_TRACK, -1))
         polygon_counts.append(len(segmentation))
         for polygon in segmentation:
             point_counts.append(len(polygon))
@@ -334,6 +361,7 @@ def _check_annotations(
         "boxes": table[:, :4],
         "areas": table[:, 4],
         "crowds": np.array(crowds, dtype=bool),
+        "track_ids": np.array(tracks, dtype=np.int64),
         "polygon_ends": _ends(polygon_counts),
         "point_ends": _ends(point_counts),
         "points": np.array(points),
@@ -397,35 +425,60 @@ def _ends(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
 
 
-def _frames_as_images(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """A YouTube-VIS file as COCO: every frame an image, numbered from 1 in file order."""
+def _frames_as_images(content: dict[str, Any], source: str) -> tuple[dict[str, Any], tuple[Video, ...]]:
+    """A YouTube-VIS file as COCO: every frame an image, numbered from 1 in file order.
+
+    A file without annotations, as the official one of the validation set, is one without objects.
+    """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    first_of: dict[Any, list[int]] = {}
+    videos: dict[int, Video] = {}
     try:
-        for video in content["videos"]:
-            first_of[video["id"]] = [len(images) + 1, len(video["file_names"])]
+        for number, video in enumerate(content["videos"]):
+            key, names = video["id"], video["file_names"]
+            if not _whole(key) or key in videos:
+                raise _no_video_file(source, f"videos[{number}] has the id {_short(key)}, which is used or no number")
+            height, width = video["height"], video["width"]
+            videos[key] = Video(key, (height, width), len(names), len(images) + 1)
             images += [
-                {"id": len(images) + 1 + i, "file_name": name, "height": video["height"], "width": video["width"]}
-                for i, name in enumerate(video["file_names"])
+                {"id": len(images) + 1 + i, "file_name": name, "height": height, "width": width}
+                for i, name in enumerate(names)
             ]
-        for track in content["annotations"]:
-            first, length = first_of[track["video_id"]]
-            boxes, areas = track["bboxes"], track.get("areas") or [None] * length
-            for i, (mask, box, area) in enumerate(zip(track["segmentations"], boxes, areas, strict=True)):
+        tracks: set[int] = set()
+        for number, track in enumerate(content.get("annotations") or []):
+            key, where = track["id"], f"annotations[{number}]"
+            if not _whole(key) or key in tracks:
+                raise _no_video_file(source, f"{where} has the id {_short(key)}, which is used or no number")
+            tracks.add(key)
+            if track["video_id"] not in videos:
+                raise _no_video_file(source, f"{where} belongs to video {_short(track['video_id'])}, which it lacks")
+            video = videos[track["video_id"]]
+            masks, boxes = track["segmentations"], track["bboxes"]
+            areas = track.get("areas") or [None] * video.num_frames
+            if not len(masks) == len(boxes) == len(areas) == video.num_frames:
+                lengths = f"{len(masks)} segmentations, {len(boxes)} bboxes and {len(areas)} areas"
+                raise _no_video_file(source, f"{where} has {lengths}; video {video.id} has {video.num_frames} frames")
+            for i, (mask, box, area) in enumerate(zip(masks, boxes, areas, strict=True)):
                 if mask is not None:
-                    one = {"id": len(annotations) + 1, "image_id": first + i, "category_id": track["category_id"]}
-                    one |= {"segmentation": mask, "bbox": box, "iscrowd": track.get("iscrowd", 0)}
+                    one = {"id": len(annotations) + 1, "image_id": video.first + i, "category_id": track["category_id"]}
+                    one |= {"segmentation": mask, "bbox": box, "iscrowd": track.get("iscrowd", 0), _TRACK: key}
                     annotations.append(one | ({} if area is None else {"area": area}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{source} is not a complete YouTube-VIS file: {error!r}", "write it again") from None
-    return {"images": images, "annotations": annotations, "categories": content.get("categories")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _no_video_file(source, repr(error)) from None
+    coco = {"images": images, "annotations": annotations, "categories": content.get("categories")}
+    return coco, tuple(videos.values())
+
+
+def _no_video_file(source: str, why: str) -> DatasetError:
+    return DatasetError(f"{source} is not a complete YouTube-VIS file: {why}", "write it again")
 
 
 def _named(annotation: Mapping[str, Any], image: int | None, images: _Images) -> str:
     key = _short(annotation["id"])
     if image is None:
         return f"annotation {key}"
+    if _TRACK in annotation:
+        return f"annotation {annotation[_TRACK]} (frame '{images.names[image]}')"
     return f"annotation {key} (image {annotation['image_id']}, '{images.names[image]}')"
 
 

@@ -121,13 +121,25 @@ def average_precision(
     Returns:
         `AP`, `AP50`, ... as in `CocoEvaluator.summarize`, without the IoU type.
     """
+    # loadRes completes the entries in place, and reads the first of them to know what they are.
     with contextlib.redirect_stdout(io.StringIO()):
-        # loadRes completes the entries in place, and reads the first of them to know what they are.
         found = gt.loadRes(copy.deepcopy(list(results))) if results else coco_object([], [], _categories_of(gt))
-        evaluation = COCOeval(gt, found, iou_type)
-        evaluation.params.maxDets = list(max_dets)
+    evaluation = COCOeval(gt, found, iou_type)
+    evaluation.params.maxDets = list(max_dets)
+    run_silently(evaluation)
+    return metrics_of(evaluation, per_class=per_class)
+
+
+def run_silently(evaluation: COCOeval) -> None:
+    """Matches and accumulates, without pycocotools' prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
+
+
+def metrics_of(evaluation: COCOeval, *, per_class: bool = False) -> dict[str, float]:
+    """`AP`, `AP50`, ... of an evaluation that has run, as `average_precision` returns them."""
+    max_dets = evaluation.params.maxDets
     precision = evaluation.eval["precision"]  # [IoU thresholds, recall points, K, areas, max_dets]
     recall = evaluation.eval["recall"]  # [IoU thresholds, K, areas, max_dets]
     metrics = {"AP": _mean(precision[:, :, :, 0, -1])}
@@ -136,7 +148,7 @@ def average_precision(
     metrics |= {f"AR{number}": _mean(recall[:, :, 0, i]) for i, number in enumerate(max_dets)}
     metrics |= {f"AR{name}": _mean(recall[:, :, area, -1]) for name, area in _AREAS.items() if name}
     if per_class:
-        names = dict(_categories_of(gt))
+        names = dict(_categories_of(evaluation.cocoGt))
         for k, category_id in enumerate(evaluation.params.catIds):
             metrics[f"AP/{names[category_id]}"] = _mean(precision[:, :, k, 0, -1])
     return metrics
