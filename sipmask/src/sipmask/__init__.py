@@ -14,6 +14,7 @@ _EXPORTS = {
     "sipmask_resnet101_fpn": "sipmask.builders",
     "get_model": "sipmask.builders",
     "list_models": "sipmask.builders",
+    "follow": "sipmask.follow",
 }
 __all__ = list(_EXPORTS)
 

@@ -39,6 +39,12 @@ def to_video(words: list[str]) -> int:
     return run(words)
 
 
+def track(words: list[str]) -> int:
+    from sipmask.track import run
+
+    return run(words)
+
+
 METHOD = Method(
     name="sipmask",
     title="SipMask (ECCV 2020): one coefficient set per sub-region of a box",
@@ -51,5 +57,5 @@ METHOD = Method(
     convert=convert,
     infer_config=infer_config,
     is_video=is_video,
-    extra_verbs={"to_video": to_video},
+    extra_verbs={"to_video": to_video, "track": track},
 )

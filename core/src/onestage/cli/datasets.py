@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from onestage.cli.flags import Call
 from onestage.data.coco import CocoDataset, locate
+from onestage.data.ytvis import VideoDataset
 from onestage.errors import DatasetError
 
 logger = logging.getLogger("onestage")
@@ -31,6 +32,30 @@ def open_split(
         raise DatasetError(f"dataset '{found.json}' has no images to use", "check its images and --drop-empty")
     logger.info(
         "%s data: %s, layout %s, %d images, %d categories",
+        split,
+        found.json,
+        found.layout,
+        len(dataset),
+        len(dataset.categories),
+    )
+    return dataset if flags.limit is None else dataset.subset(range(min(flags.limit, len(dataset))))
+
+
+def open_videos(call: Call, split: Literal["train", "val"]) -> VideoDataset:
+    """The data set in YouTube-VIS format that --data (or the explicit flags, or YTVIS_ROOT) names.
+
+    Args:
+        call: The command line; --limit takes the first videos.
+        split: Which part of it.
+    """
+    flags = call.flags
+    json, images = getattr(flags, f"{split}_json"), getattr(flags, f"{split}_images")
+    found = locate(flags.data, split, json=json, images=images, variable="YTVIS_ROOT")
+    dataset = VideoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample)
+    if len(dataset) == 0:
+        raise DatasetError(f"dataset '{found.json}' has no videos to use", "check its frames")
+    logger.info(
+        "%s data: %s, layout %s, %d videos, %d categories",
         split,
         found.json,
         found.layout,

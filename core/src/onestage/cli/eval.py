@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from onestage.cli.app import config_record
-from onestage.cli.datasets import open_split
+from onestage.cli.datasets import open_split, open_videos
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
 from onestage.config import config_from_dict
+from onestage.data.validate import read_json
 from onestage.engine import distributed
 from onestage.engine.checkpoint import load_into, load_weights, write_atomically
 from onestage.engine.coco_eval import evaluate_results_file
-from onestage.engine.evaluate import evaluate
+from onestage.engine.evaluate import evaluate, evaluate_videos
+from onestage.engine.ytvis_eval import evaluate_video_results_file
 from onestage.errors import UsageError
 from onestage.method import Method
 
@@ -56,17 +58,26 @@ def say_metrics(metrics: Mapping[str, float]) -> None:
         kind, _, rest = name.partition("/AP/")
         if rest and kind == "segm":
             logger.info("  segm AP %-24s %s", rest, f"{100 * value:.1f}" if value >= 0 else "-")
+    if "identity_switches" in metrics:
+        logger.info(
+            "  %d identity switches on %d objects, which were followed in %.1f %% of their frames",
+            metrics["identity_switches"],
+            metrics["objects"],
+            100 * max(0.0, metrics["frames_followed"]),
+        )
 
 
 def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[str, Any]:
     flags = call.flags
     state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
-    dataset = open_split(call, "val")
+    config = call.config
+    if info is not None:
+        config = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
+    video = method.is_video(config)
+    dataset: Any = open_videos(call, "val") if video else open_split(call, "val")
     if info is None:
         logger.info("no --weights: %s with random parameters (seed %d); AP will be about 0", flags.variant, flags.seed)
-        config = replace(call.config, num_classes=len(dataset.categories))
-    else:
-        config = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
+        config = replace(config, num_classes=len(dataset.categories))
     if flags.max_dets[-1] != config.inference.max_detections and flags.max_dets[-1] > 100:
         config = replace(config, inference=replace(config.inference, max_detections=flags.max_dets[-1]))
     torch.manual_seed(flags.seed)
@@ -75,23 +86,23 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         load_into(model, state, info)
     if flags.dry_run:
         logger.info("dry run: model, data and settings fit together; nothing was computed")
-        return {"dry_run": True, "images": len(dataset)}
+        return {"dry_run": True, ("videos" if video else "images"): len(dataset)}
     record = config_record(method, replace(call, config=config))
 
     def compute() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(
-            model,
-            dataset,
-            device=device,
-            precision=flags.precision,
-            workers=flags.workers or 0,
-            batch_size=flags.batch_size,
-            iou_types=flags.iou_types,
-            max_dets=flags.max_dets,
-            per_class=flags.per_class,
-            categories=None if info is None else info.categories,
-            progress=not flags.quiet,
-        )
+        settings: dict[str, Any] = {
+            "device": device,
+            "precision": flags.precision,
+            "workers": flags.workers or 0,
+            "batch_size": flags.batch_size,
+            "max_dets": flags.max_dets,
+            "per_class": flags.per_class,
+            "categories": None if info is None else info.categories,
+            "progress": not flags.quiet,
+        }
+        if video:
+            return evaluate_videos(model, dataset, **settings)
+        return evaluate(model, dataset, iou_types=flags.iou_types, **settings)
 
     if not distributed.rank_zero():
         return dict(compute()[0])
@@ -100,16 +111,17 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         path = run.folder / "results.json"
         write_atomically(path, _json(results))
         run.write("metrics.json", metrics)
-        num_images = len({entry["image_id"] for entry in results})
-        logger.info("%d detections on %d of %d images: %s", len(results), num_images, len(dataset), path)
+        things, key = ("tracks", "video") if video else ("detections", "image")
+        found_in = len({entry[f"{key}_id"] for entry in results})
+        logger.info("%d %s in %d of %d %ss: %s", len(results), things, found_in, len(dataset), key, path)
         say_metrics(metrics)
         if flags.data is not None:
             command = f"python -m {method.name}.eval --data {shlex.quote(str(flags.data))} --results {path}"
             logger.info("the same numbers from that file: %s", command)
         return metrics | {
-            "images": len(dataset),
-            "images_with_detections": num_images,
-            "detections": len(results),
+            f"{key}s": len(dataset),
+            f"{key}s_with_{things}": found_in,
+            things: len(results),
             "weights": None if flags.weights is None else str(flags.weights),
             "results": str(path),
             "seconds": round(run.seconds, 1),
@@ -119,6 +131,14 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
 
 def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
+    content = read_json(flags.results)
+    if isinstance(content, list) and content and isinstance(content[0], dict) and "video_id" in content[0]:
+        videos = open_videos(call, "val")
+        if flags.dry_run:
+            return {"dry_run": True, "videos": len(videos)}
+        metrics = evaluate_video_results_file(flags.results, videos, flags.max_dets, per_class=flags.per_class)
+        say_metrics(metrics)
+        return metrics | {"videos": len(videos), "results": str(flags.results)}
     dataset = open_split(call, "val")
     if flags.dry_run:
         return {"dry_run": True, "images": len(dataset)}

@@ -141,7 +141,10 @@ def _expand(words: Iterable[str]) -> Iterable[tuple[Path, Path]]:
                 raise UsageError(f"SOURCE '{word}' has no images", f"it may hold {some(sorted(IMAGE_SUFFIXES), 12)}")
             yield from ((file, file.relative_to(path)) for file in files)
         elif path.suffix.lower() in VIDEO_SUFFIXES:
-            raise UsageError(f"SOURCE '{word}' is a video; only images are read", "extract its frames into a folder")
+            raise UsageError(
+                f"SOURCE '{word}' is a video; predict reads images",
+                "extract its frames into a folder, or use track",
+            )
         elif path.is_file():
             yield path, Path(path.name)
         elif any(sign in word for sign in "*?["):

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from onestage.cli.app import config_record
-from onestage.cli.datasets import open_split
+from onestage.cli.datasets import open_split, open_videos
 from onestage.cli.flags import Call, read_settings
 from onestage.cli.runs import Run, checkpoint_to_resume, open_run
 from onestage.config import IMAGENET_MEAN, IMAGENET_STD, config_from_dict
+from onestage.data.ytvis import FramePairs
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
+from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.train import Interrupted, TrainOptions, TrainResult, train
 from onestage.errors import DatasetError, UsageError, some
 from onestage.method import Method
@@ -66,8 +68,9 @@ def train_in(
     info: WeightsInfo,
 ) -> TrainResult:
     """Runs `engine.train` in an open run folder; an interruption says how to go on and leaves with 130 or 143."""
+    score = evaluate_videos if method.is_video(config) else evaluate
     try:
-        return train(model, config, train_set, val_set, options, run.folder, info=info)
+        return train(model, config, train_set, val_set, options, run.folder, info=info, evaluate=score)
     except Interrupted as stopped:
         logger.info("%s", stopped)
         again = f"train --resume {shlex.quote(str(stopped.checkpoint))}" if call.verb == "train" else call.verb
@@ -125,7 +128,7 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     keep = checkpoint is not None
     with _common_run(method.name, record, output=output, overwrite=flags.overwrite, keep=keep) as run:
         result = train_in(run, method, call, model, config, train_set, val_set, options, card)
-        _say_what_next(method, flags, result)
+        _say_what_next(method, flags, config, result)
         return _result(result) | {"run": str(run.folder)}
 
 
@@ -168,14 +171,18 @@ def _by_heart(config: Any, flags: Any) -> Any:
 
 
 def _data(method: Method, call: Call, config: Any) -> tuple[Any, Any]:
-    flags = call.flags
-    train_set = open_split(call, "train", config.schedule, method.polygons)
+    flags, video = call.flags, method.is_video(config)
+    train_set: Any
+    if video:
+        train_set = FramePairs(open_videos(call, "train"), min_size=config.schedule.min_size)
+    else:
+        train_set = open_split(call, "train", config.schedule, method.polygons)
     if flags.overfit is not None:
         if flags.overfit < 1:
             raise UsageError(f"--overfit is {flags.overfit}", "give at least 1 image")
         train_set = train_set.subset(range(min(flags.overfit, len(train_set))))
-        return train_set, train_set
-    val_set = open_split(call, "val")
+        return train_set, train_set.own_videos() if video else train_set
+    val_set: Any = open_videos(call, "val") if video else open_split(call, "val")
     names = [[name for _, name in dataset.categories] for dataset in (train_set, val_set)]
     if names[0] != names[1]:
         raise DatasetError(
@@ -199,7 +206,7 @@ def _replay(method: Method, call: Call, device: torch.device) -> dict[str, Any]:
     return {"step": seen.step, "losses": {k: str(v) for k, v in seen.losses.items()}, "first_layer": seen.first_layer}
 
 
-def _say_what_next(method: Method, flags: Any, result: TrainResult) -> None:
+def _say_what_next(method: Method, flags: Any, config: Any, result: TrainResult) -> None:
     logger.info(
         "done: %d steps in %.0f s; best weights (step %d): %s",
         result.steps,
@@ -215,7 +222,8 @@ def _say_what_next(method: Method, flags: Any, result: TrainResult) -> None:
         logger.info(
             "  python -m %s.eval --data %s --weights %s", method.name, shlex.quote(str(flags.data)), result.weights
         )
-    logger.info("  python -m %s.predict IMAGE --weights %s", method.name, result.weights)
+    look = "track VIDEO" if method.is_video(config) else "predict IMAGE"
+    logger.info("  python -m %s.%s --weights %s", method.name, look, result.weights)
 
 
 def _result(result: TrainResult) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class Result:
         return [self.categories[label][0] for label in self.labels.tolist()]
 
     @property
+    def track_ids(self) -> Tensor | None:
+        """[N] int64, which object of the video each one is; None for an image."""
+        return self.detections.track_ids
+
+    @property
     def masks(self) -> Masks:
         """N masks; `to_bool`, `to_rle`, `to_polygons`, `to_bits` give other forms."""
         assert self.detections.masks is not None
@@ -123,7 +128,7 @@ class Result:
         )
 
     def draw(self, image: ImageLike, *, opacity: float = 0.5, boxes: bool = True) -> Tensor:
-        """The image with masks, boxes, names and scores on it.
+        """The image with masks, boxes, names and scores on it; an object of a video keeps its colour and number.
 
         Args:
             image: The image the result is of.
@@ -139,7 +144,8 @@ class Result:
                 f"the image is {tuple(canvas.shape[-2:])}, the result's is {self.image_size} (height, width)",
                 "draw on the image that was predicted",
             )
-        colours = [PALETTE[index % len(PALETTE)] for index in range(len(self))]
+        numbers = range(len(self)) if self.track_ids is None else self.track_ids.tolist()
+        colours = [PALETTE[number % len(PALETTE)] for number in numbers]
         for index in reversed(range(len(self))):  # the best on top
             x0, y0, x1, y1 = self.masks.windows[index].tolist()
             if x1 > x0 and y1 > y0:
@@ -148,6 +154,8 @@ class Result:
                 part[:] = draw_segmentation_masks(part, window, alpha=opacity, colors=[colours[index]])
         if boxes and len(self):
             texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
+            if self.track_ids is not None:
+                texts = [f"#{number} {text}" for number, text in zip(numbers, texts, strict=True)]
             width = max(1, round(max(self.image_size) / 400))
             canvas = draw_bounding_boxes(canvas, self.boxes, texts, colours, width=width)
         return canvas

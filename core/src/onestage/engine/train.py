@@ -15,12 +15,10 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -44,6 +42,7 @@ from onestage.engine.evaluate import evaluate
 from onestage.engine.guard import Suspect, autocast, seed_step
 from onestage.engine.journal import Journal
 from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
+from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, MachineError, UsageError, some
 from onestage.structures import Target
 
@@ -247,7 +246,7 @@ class _Run:
         with (
             _deterministic(options, self.device),
             _explained_out_of_memory(self.device),
-            _Signals() as signals,
+            Signals() as signals,
             self.progress_bar() as bar,
         ):
             batches = _endless(self.loader, self.sampler, state.epoch, state.batch)
@@ -270,7 +269,7 @@ class _Run:
                 if stop and state.step < self.total:
                     raise Interrupted(signals.number or signal.SIGTERM, self.last_file, state.step)
 
-    def update(self, batches: Iterator[_Position], lr: float, signals: _Signals) -> tuple[float, bool]:
+    def update(self, batches: Iterator[_Position], lr: float, signals: Signals) -> tuple[float, bool]:
         """One optimiser step; returns the loss and whether any process was told to stop."""
         options, state, schedule = self.options, self.state, self.schedule
         set_lr(self.optimizer, lr)
@@ -478,7 +477,7 @@ def _endless(loader: Iterable[Any], sampler: ResumableSampler, epoch: int, batch
         epoch, batch = epoch + 1, 0
 
 
-def _read(losses: dict[str, Tensor], signals: _Signals) -> tuple[dict[str, float], bool]:
+def _read(losses: dict[str, Tensor], signals: Signals) -> tuple[dict[str, float], bool]:
     """The terms as numbers, averaged over processes, and whether any process was told to stop; one synchronisation."""
     values = torch.stack([value.detach().float() for value in losses.values()])
     if distributed.world_size() == 1:
@@ -513,28 +512,6 @@ class _Window:
             row["grad_norm"] = float(torch.stack(self.norms).mean())
         row["images_per_second"] = round(self.images / (time.perf_counter() - self.started), 2)
         return row
-
-
-class _Signals:
-    """While active, SIGINT and SIGTERM are noted instead of obeyed; a second SIGINT is obeyed."""
-
-    number: int | None = None
-
-    def __enter__(self) -> _Signals:
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 @contextlib.contextmanager

@@ -1,0 +1,200 @@
+"""`python -m sipmask.track SOURCE`: follows objects through a video, a folder of frames or a camera."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from onestage.cli.flags import Switch, Talk, parse_flags
+from onestage.errors import UsageError, WeightsError
+
+if TYPE_CHECKING:
+    from onestage.engine.predict import Predictor
+    from sipmask.follow import TrackedFrame
+    from sipmask.frames import FrameSource
+
+logger = logging.getLogger("onestage")
+
+FOLDER_RATE = 10.0  # frames per second of a video that is made of a folder of frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track(Talk):
+    """Follows objects through a video: an annotated video, tracks as JSON, YouTube-VIS results."""
+
+    source: Positional[str | None] = None  # a video file, a folder of frames, or a camera's number (required)
+    weights: Path | None = None  # .safetensors or last.ckpt of a video variant (required)
+    score_thr: float = 0.3  # leave out detections below this score
+    max_dets: int | None = None  # at most so many objects per frame
+    max_age: int | None = 100  # forget an object not seen for so many frames; None: never, as in the paper
+    max_tracks: int | None = 200  # remember at most so many objects; None: all, as in the paper
+    save: tuple[Literal["video", "json", "results"], ...] = ("video", "json", "results")
+    rate: float | None = None  # frames per second of the written video; default: the source's
+    stride: int = 1  # every n-th frame
+    limit: int | None = None  # stop after N frames
+    max_pixels: float = 100e6  # refuse larger frames
+    output: Path | None = None  # run folder, default runs/sipmask/track/<time>
+    overwrite: Switch = False  # write into an --output that is not empty
+    device: str = "auto"  # auto, cpu, cuda, cuda:1; auto = a GPU if there is one
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dry_run: Switch = False  # check source and weights, and stop
+
+
+def run(words: list[str]) -> int:
+    """Runs the verb with the words after it; returns the exit code."""
+    flags = parse_flags(Track, words, "python -m sipmask.track")
+    _check(flags)
+    # The imports are here because these modules load torch.
+    from onestage.cli.runs import open_run
+    from onestage.engine.predict import Predictor
+    from sipmask.frames import open_source
+    from sipmask.method import METHOD
+
+    source = open_source(str(flags.source), max_pixels=flags.max_pixels)
+    predictor = Predictor.from_weights(
+        flags.weights,  # type: ignore[arg-type]
+        method=METHOD,
+        device=flags.device,
+        precision=flags.precision,
+        score_threshold=flags.score_thr,
+        max_detections=flags.max_dets,
+    )
+    if not METHOD.is_video(predictor.model.config):
+        raise WeightsError(
+            f"weights '{flags.weights}' are of an image model, which cannot follow objects",
+            "train a video variant: python -m sipmask.train --variant video_small --data DATA",
+        )
+    if flags.dry_run:
+        result: dict[str, Any] = {"dry_run": True, "frames": source.num_frames}
+    else:
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items()}
+        record = {"package": "sipmask", "verb": "track", "flags": settings, "model": asdict(predictor.model.config)}
+        with open_run("sipmask", "track", record, output=flags.output, overwrite=flags.overwrite) as folder:
+            result = _track(source, predictor, flags, folder.folder)
+            folder.write("summary.json", result)
+            if result["interrupted"]:
+                raise SystemExit(result["interrupted"])
+    if flags.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _check(flags: Track) -> None:
+    if flags.source is None:
+        raise UsageError("no SOURCE", "name a video, a folder of frames, or a camera's number")
+    if flags.weights is None:
+        raise UsageError(
+            "--weights is missing", f"python -m sipmask.track {shlex.quote(flags.source)} --weights best.safetensors"
+        )
+    for name in ("stride", "limit", "rate"):
+        value = getattr(flags, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name} is {value}", "give a number above 0")
+
+
+def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path) -> dict[str, Any]:
+    """Follows to the end, or until told to stop; what was found until then is complete on disk either way."""
+    from tqdm import tqdm
+
+    from onestage.engine.signals import Signals
+    from sipmask.follow import TrackFiles, follow
+
+    files = TrackFiles(folder, predictor.categories)
+    pictures = _Pictures(folder, source, flags) if "video" in flags.save else None
+    seconds: dict[str, float] = {}
+    total = source.num_frames and -(-source.num_frames // flags.stride)
+    bar = tqdm(
+        total=min(total or sys.maxsize, flags.limit) if flags.limit else total,
+        desc="track",
+        unit="frame",
+        disable=flags.quiet,
+        leave=False,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+    )
+    num_tracks = 0
+    with bar, Signals() as signals:
+        frames = follow(
+            source,
+            predictor,
+            max_age=flags.max_age,
+            max_tracks=flags.max_tracks,
+            stride=flags.stride,
+            limit=flags.limit,
+        )
+        try:
+            for frame in frames:
+                files.add(frame)
+                if pictures is not None:
+                    pictures.add(frame)
+                for stage, value in frame.seconds.items():
+                    seconds[stage] = seconds.get(stage, 0.0) + value
+                bar.update()
+                if signals.number is not None:
+                    break
+        finally:
+            if pictures is not None:
+                pictures.close()
+            pace = bar.n / max(bar.format_dict["elapsed"], 1e-9)
+            facts = {"source": source.name, "frames_per_second": source.rate}
+            num_tracks = files.finish(facts, by_track="json" in flags.save, results="results" in flags.save)
+    logger.info("%d frames, %d tracks, %.2f frames per second: %s", files.num_frames, num_tracks, pace, folder)
+    if signals.number is not None:
+        logger.info("stopped by signal %d; everything up to that frame is kept", signals.number)
+    return {
+        "frames": files.num_frames,
+        "tracks": num_tracks,
+        "frames_per_second": round(pace, 2),
+        "milliseconds": {stage: round(1000 * v / max(1, files.num_frames), 2) for stage, v in seconds.items()},
+        "interrupted": None if signals.number is None else 128 + signals.number,
+        "run": str(folder),
+    }
+
+
+class _Pictures:
+    """Frames with their objects drawn in: a video, or images where PyAV is missing, as a folder needs none."""
+
+    def __init__(self, folder: Path, source: FrameSource, flags: Track):
+        self.folder = folder
+        self.rate = flags.rate or (source.rate or FOLDER_RATE) / flags.stride
+        self.video: Any = None
+        try:
+            import av  # noqa: F401 - whether there is one
+        except ImportError:
+            logger.info("PyAV is not installed: pictures instead of a video; pip install './sipmask[video]'")
+            self.as_images = True
+            (folder / "frames").mkdir(exist_ok=True)
+        else:
+            self.as_images = False
+
+    def add(self, frame: TrackedFrame) -> None:
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        from sipmask.frames import VideoWriter
+
+        picture = frame.result.draw(frame.image)
+        if self.as_images:
+            to_pil_image(picture).save(self.folder / "frames" / f"{frame.number:06d}.jpg", quality=92)
+            return
+        if self.video is None:
+            height, width = picture.shape[1:]
+            self.video = VideoWriter(self.folder / "tracked.mp4", (height, width), self.rate)
+        self.video.write(picture)
+
+    def close(self) -> None:
+        if self.video is not None:
+            self.video.close()
+
+
+if __name__ == "__main__":
+    from sipmask.__main__ import run_verb
+
+    run_verb("track")
