@@ -48,7 +48,8 @@ def test_command_exists_and_knows_its_flags(document, command):
         assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     elif "pip" in words[:3]:
         for word in words:
-            assert not word.startswith("./") or (ROOT / word / "pyproject.toml").is_file(), f"{word} is no package"
+            folder = word.partition("[")[0]
+            assert not word.startswith("./") or (ROOT / folder / "pyproject.toml").is_file(), f"{word} is no package"
             assert not word.endswith(".txt") or (ROOT / word).is_file()
     elif "nox" in words[:3]:
         names = {word for flag, word in pairwise(words) if flag == "-s"}

@@ -38,7 +38,6 @@ def weights(tmp_path_factory) -> Path:
     config = replace(
         VIDEO_SMALL,
         num_classes=3,
-        width=32,
         track_channels=16,
         input=replace(VIDEO_SMALL.input, test_size=(SIZE, SIZE)),
         inference=replace(VIDEO_SMALL.inference, score_threshold=0.0, max_detections=4),
@@ -179,7 +178,7 @@ def test_sources_that_cannot_be_used_say_why(here, frames):
 def test_weights_of_an_image_model_are_refused(here, frames, capsys):
     from dataclasses import asdict
 
-    config = replace(SMALL, num_classes=3, width=32)
+    config = replace(SMALL, num_classes=3)
     info = WeightsInfo(package="sipmask", config=asdict(config), categories=CATEGORIES)
     save_weights(here / "image.safetensors", METHOD.build(config).state_dict(), info)
     assert track(frames, "--weights", "image.safetensors") == 4

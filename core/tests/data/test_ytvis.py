@@ -104,7 +104,8 @@ def test_references_are_drawn_uniformly_and_again_from_the_same_seed():
     pairs = FramePairs(ClipsDataset(1, size=32, num_frames=4))
     torch.manual_seed(1)
     frames = [pairs.videos_of_frames.frame(0, t) for t in range(4)]
-    drawn = [next(t for t in range(4) if torch.equal(frames[t], pairs[1][1].reference.image)) for _ in range(90)]
+    references = [pairs[1][1].reference.image for _ in range(90)]
+    drawn = [next(t for t in range(4) if torch.equal(frames[t], image)) for image in references]
     assert drawn.count(1) == 0
     assert min(drawn.count(t) for t in (0, 2, 3)) > 15
 
