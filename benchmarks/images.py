@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from record import write_record
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
 
+from onestage.tables.record import write_record
 from sipmask.config import VARIANTS
 from sipmask.model import SipMask
 

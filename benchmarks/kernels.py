@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from record import write_record
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +27,7 @@ from onestage.ops.assemble import assemble_masks, crop_window
 from onestage.ops.edges import Profiles, assemble_with_profiles, refine_boxes
 from onestage.ops.mask_loss import window_mask_loss
 from onestage.ops.paste import paste_masks
+from onestage.tables.record import write_record
 from onestage.testing import (
     coco_like_boxes,
     dense_mask_loss,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from record import write_record
 from torch import Tensor
 
 from onestage import boxes as box_ops
@@ -23,6 +22,7 @@ from onestage.engine.checkpoint import WeightsInfo
 from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.train import TrainOptions, train
 from onestage.ops.edges import enclosing_boxes, refine_boxes
+from onestage.tables.record import write_record
 from rdsnet.config import DEMO
 from rdsnet.model import RDSNet
 from rdsnet.refine import FitOptions, Observed, collect, fit, observe

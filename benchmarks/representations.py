@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from record import write_record
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from onestage.engine.coco_eval import CocoEvaluator
 from onestage.masks import Masks
 from onestage.ops.paste import cut_mask, paste_masks
 from onestage.structures import Detections
+from onestage.tables.record import write_record
 
 TABLES = Path(__file__).parent / "tables"
 LENGTHS = (20, 40, 60, 80, 100)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_record
 from torch import Tensor
 
 from onestage.engine.memory import training_peak
 from onestage.engine.schedule import make_optimizer
 from onestage.structures import Target
+from onestage.tables.record import write_record
 from onestage.testing import coco_like_boxes
 from sais.config import VARIANTS, SAISConfig
 from sais.model import SAIS

@@ -6,7 +6,7 @@ A method's own config nests these: `backbone`, `input`, `schedule`. Variants are
 
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -79,6 +79,52 @@ class ScheduleConfig:
     ema: float | None = None  # decay of the exponential moving average of weights
     min_size: int = 0  # training drops images with a shorter side below this, px
     drop_empty: bool = False  # training drops images without annotations
+
+
+def resized(config: InputConfig, size: int) -> InputConfig:
+    """The input with its shorter side at `size` px, in tests and training; the longer side keeps its proportion.
+
+    Raises:
+        UsageError: below 32 px.
+    """
+    if size < 32:
+        raise UsageError(
+            f"--size is {size}; at least 32 is needed", "give the shorter side in pixels, as in --size 256"
+        )
+    short, long = config.test_size
+    pair = (size, round(long * size / short))
+    return replace(config, test_size=pair, train_sizes=(pair,), train_draw="choice")
+
+
+def of_length(schedule: ScheduleConfig, length: int, unit: Literal["epochs", "steps"]) -> ScheduleConfig:
+    """The schedule at another length; milestones move along.
+
+    Raises:
+        UsageError: less than one step or epoch.
+    """
+    if length < 1:
+        raise UsageError(f"the length of training is {length}", "train for at least one step or epoch")
+    milestones = tuple(round(m * length / schedule.length) for m in schedule.milestones)
+    return replace(schedule, length=length, unit=unit, milestones=milestones)
+
+
+def for_trunk(config: Config, weights_backbone: str | None) -> Config:
+    """A method's config as its trunk's start needs it.
+
+    A trunk of random numbers learns whole. One that starts from torchvision's weights, which are named and not a file,
+    wants torchvision's stride and colours.
+
+    Args:
+        config: Has `backbone` and `input`.
+        weights_backbone: As `--weights-backbone`; None starts from random numbers.
+    """
+    values: Any = config
+    if weights_backbone is None:
+        return replace(values, backbone=replace(values.backbone, norm="train", frozen_stages=0))
+    if Path(weights_backbone).is_file():
+        return config
+    colours = replace(values.input, channel_order="rgb", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return replace(values, backbone=replace(values.backbone, stride_in_1x1=False), input=colours)
 
 
 def config_from_dict(config_type: type[Config], values: Mapping[str, Any], where: str = "config") -> Config:

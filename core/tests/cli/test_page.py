@@ -3,7 +3,8 @@ import re
 import pytest
 import torch
 
-from onestage.cli.page import Example, Instances, Line, chart, draw, render
+from onestage.cli.page import Example, render
+from onestage.draw import Instances, Line, chart, draw
 
 
 def square(scores: bool) -> Instances:

@@ -16,10 +16,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 from onestage.cli.app import config_record
 from onestage.cli.eval import say_metrics
 from onestage.cli.flags import Call
-from onestage.cli.page import Example, Instances, Line, chart, render
+from onestage.cli.page import Example, render
 from onestage.cli.runs import environment, open_run
 from onestage.cli.train import options_of, train_in
 from onestage.data.synth import ShapesDataset
+from onestage.draw import Instances, Line, chart
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, save_weights, write_atomically
 from onestage.engine.coco_eval import CocoEvaluator

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from onestage.config import BackboneName, ScheduleConfig, config_from_dict
+from onestage.config import BackboneName, ScheduleConfig, config_from_dict, of_length, resized
 from onestage.errors import UsageError
 from onestage.method import Method
 
@@ -464,23 +464,12 @@ def _shortcuts(config: Any, call: Call) -> Any:
     if value("backbone") is not None:
         config = _set(config, "backbone.name", flags.backbone)
     if value("size") is not None:
-        config = replace(config, input=_resized(config.input, flags.size))
+        config = replace(config, input=resized(config.input, flags.size))
     if value("score_thr") is not None and "score_threshold" in _names(type(config.inference)):
         config = _set(config, "inference.score_threshold", flags.score_thr)
     if call.verb in WITH_OPTIM:
         config = replace(config, schedule=_schedule(config.schedule, call))
     return config
-
-
-def _resized(config: Any, size: int) -> Any:
-    """The input config with its shorter side at `size` px, the longest longer side in the same proportion."""
-    if size < 32:
-        raise UsageError(
-            f"--size is {size}; at least 32 is needed", "give the shorter side in pixels, as in --size 256"
-        )
-    short, long = config.test_size
-    pair = (size, round(long * size / short))
-    return replace(config, test_size=pair, train_sizes=(pair,), train_draw="choice")
 
 
 def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
@@ -501,11 +490,7 @@ def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
         raise UsageError("--epochs and --steps both say how long to train", "leave one of the two away")
     length = steps if epochs is None else epochs
     if length is not None:
-        if length < 1:
-            raise UsageError(f"the length of training is {length}", "train for at least one step or epoch")
-        milestones = tuple(round(m * length / schedule.length) for m in schedule.milestones)
-        unit: Literal["steps", "epochs"] = "steps" if epochs is None else "epochs"
-        schedule = replace(schedule, length=length, unit=unit, milestones=milestones)
+        schedule = of_length(schedule, length, "steps" if epochs is None else "epochs")
     if getattr(flags, "ema", None) is not None:
         schedule = replace(schedule, ema=flags.ema)
     if getattr(flags, "grad_clip", None) is not None:

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
-SHOWN_WIDTH = 420  # px of a picture in the file; screens show about 260
-CLASS_COLOURS = ((42, 120, 214), (235, 104, 52), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
-DASH = 6  # px, and as much between two
-BEFORE_COLOUR, AFTER_COLOUR = (255, 255, 255), (20, 20, 20)  # boxes before and after refinement
-CHART = (440.0, 250.0, 44.0, 14.0, 12.0, 30.0)  # width, height; margins left, right, top, bottom
-
-
-@dataclass(frozen=True)
-class Instances:
-    """What one picture shows, N instances.
-
-    Args:
-        boxes: [N, 4] float xyxy, image pixels.
-        labels: [N] int64, 0..K-1.
-        masks: [N, H, W] bool.
-        scores: [N] float in 0..1, or None for ground truth.
-        unrefined_boxes: [N, 4] where a method moved boxes; then both are drawn.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor
-    scores: Tensor | None = None
-    unrefined_boxes: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
+from onestage.draw import Instances, colour_of, data_uri, draw, template
 
 
 @dataclass(frozen=True)
@@ -51,14 +18,6 @@ class Example:
     image: Tensor
     truth: Instances
     found: Instances
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve: its name and (x, y) points; places in the chart come from `chart`."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
 
 
 def render(
@@ -92,22 +51,20 @@ def render(
     """
     pictures = [
         {
-            "truth": _data_uri(draw(e.image, e.truth, names)),
-            "found": _data_uri(draw(e.image, e.found, names)),
+            "truth": data_uri(draw(e.image, e.truth, names)),
+            "found": data_uri(draw(e.image, e.found, names)),
             "num_truth": len(e.truth),
             "num_found": len(e.found),
         }
         for e in examples
     ]
-    loader = jinja2.PackageLoader("onestage.cli", "templates")
-    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return page.get_template("demo.html").render(
+    return template("onestage.cli", "demo.html").render(
         title=title,
         lead=lead,
         label=label,
         numbers=numbers,
         pictures=pictures,
-        legend=[(name, "rgb({}, {}, {})".format(*_colour(k))) for k, name in enumerate(names)],
+        legend=[(name, "rgb({}, {}, {})".format(*colour_of(k))) for k, name in enumerate(names)],
         charts=charts,
         table=_metric_rows(metrics),
         refined="unrefined_bbox/AP" in metrics,
@@ -120,129 +77,6 @@ def render(
         config=_flat(config),
         environment=_flat(environment),
     )
-
-
-def draw(image: Tensor, instances: Instances, names: Sequence[str]) -> Image.Image:
-    """The image, enlarged, with every instance filled, outlined and (with scores) labelled.
-
-    Args:
-        image: [3, H, W] uint8 RGB.
-        instances: N instances in its pixels.
-        names: Category name of each label.
-    """
-    factor = SHOWN_WIDTH / image.shape[-1]
-    size = (round(image.shape[-2] * factor), SHOWN_WIDTH)
-    canvas = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
-    for index in reversed(range(len(instances))):  # the best one last, on top
-        colour = torch.tensor(_colour(int(instances.labels[index])), dtype=torch.float32)[:, None, None]
-        soft = F.interpolate(
-            instances.masks[index][None, None].float(), size=size, mode="bilinear", align_corners=False
-        )
-        inside = soft[0] > 0.5  # [1, h, w]
-        grown = F.max_pool2d(inside.float(), 5, stride=1, padding=2) > 0
-        grey = canvas.mean(dim=0, keepdim=True)  # the object's own colour would hide the category's
-        canvas = torch.where(inside, grey * 0.4 + colour * 0.6, canvas)
-        canvas = torch.where(grown & ~inside, torch.full_like(canvas, 255.0), canvas)
-    picture = Image.fromarray(canvas.round().to(torch.uint8).permute(1, 2, 0).numpy())
-    if instances.unrefined_boxes is not None:
-        _draw_boxes(picture, instances, factor)
-    if instances.scores is not None:
-        _write_scores(picture, instances, names, factor)
-    return picture
-
-
-def chart(title: str, x_name: str, lines: Sequence[Line], *, y_max: float | None = None) -> dict[str, Any]:
-    """A line chart as the template draws it: axis ticks and polylines in the pixels of its viewBox.
-
-    Args:
-        title: What the vertical axis shows.
-        x_name: What the horizontal axis counts.
-        lines: At most six curves; those without points, and values that are not finite, are left out.
-        y_max: Top of the axis; otherwise a round number above the largest value.
-    """
-    width, height, left, right, top, bottom = CHART
-    finite = [Line(line.name, [point for point in line.points if math.isfinite(point[1])]) for line in lines]
-    lines = [line for line in finite if line.points]
-    xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
-    ys = [y for line in lines for _, y in line.points] or [0.0, 1.0]
-    x_ticks, y_ticks = _ticks(max(*xs, 1e-9)), _ticks(y_max or max(*ys, 1e-9))
-    x_end, y_end = max(xs) or 1.0, max(y_ticks[-1], max(ys))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            round(left + (width - left - right) * x / x_end, 1),
-            round(height - bottom - (height - top - bottom) * max(y, 0.0) / y_end, 1),
-        )
-
-    return {
-        "title": title,
-        "x_name": x_name,
-        "width": width,
-        "height": height,
-        "left": left,
-        "right": width - right,
-        "bottom": height - bottom,
-        "x_ticks": [(place(x, 0)[0], f"{x:g}") for x in x_ticks if x <= x_end],
-        "y_ticks": [(place(0, y)[1], f"{y:g}") for y in y_ticks],
-        "lines": [
-            {
-                "name": line.name,
-                "points": " ".join(f"{x},{y}" for x, y in (place(*point) for point in line.points)),
-                "dots": [place(*point) for point in line.points] if len(line.points) <= 12 else [],
-                "last": f"{line.points[-1][1]:.3g}",
-            }
-            for line in lines
-        ],
-    }
-
-
-def _draw_boxes(picture: Image.Image, instances: Instances, factor: float) -> None:
-    """Boxes before (dashed) and after (whole) they were refined."""
-    assert instances.unrefined_boxes is not None
-    pen = ImageDraw.Draw(picture)
-    for before, after in zip(instances.unrefined_boxes * factor, instances.boxes * factor, strict=True):
-        x0, y0, x1, y1 = before.tolist()
-        for start in range(int(x0), int(x1), 2 * DASH):
-            for y in (y0, y1):
-                pen.line((start, y, min(start + DASH, x1), y), fill=BEFORE_COLOUR, width=2)
-        for start in range(int(y0), int(y1), 2 * DASH):
-            for x in (x0, x1):
-                pen.line((x, start, x, min(start + DASH, y1)), fill=BEFORE_COLOUR, width=2)
-        low, high = torch.minimum(after[:2], after[2:]), torch.maximum(after[:2], after[2:])  # sides move one by one
-        pen.rectangle((*low.tolist(), *high.tolist()), outline=AFTER_COLOUR, width=2)
-
-
-def _write_scores(picture: Image.Image, instances: Instances, names: Sequence[str], factor: float) -> None:
-    assert instances.scores is not None
-    pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=17)
-    for index in reversed(range(len(instances))):
-        text = f"{names[int(instances.labels[index])]} {float(instances.scores[index]):.2f}"
-        x, y = (float(value) * factor for value in instances.boxes[index, :2])
-        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        x = min(max(x, 0.0), picture.width - (right - left) - 6)
-        y = min(max(y - (bottom - top) - 6, 0.0), picture.height - (bottom - top) - 6)
-        colour = tuple(int(channel * 0.75) for channel in _colour(int(instances.labels[index])))
-        pen.rectangle((x, y, x + right - left + 6, y + bottom - top + 6), fill=colour)
-        pen.text((x + 3 - left, y + 3 - top), text, fill="white", font=font)
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    return CLASS_COLOURS[label % len(CLASS_COLOURS)]
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=86)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _ticks(end: float) -> list[float]:
-    """Four to six round numbers from 0 to at least `end`."""
-    rough = end / 5
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
-    return [round(step * k, 10) for k in range(math.ceil(end / step * 0.999) + 1)]
 
 
 def _metric_rows(metrics: dict[str, float]) -> list[tuple[str, ...]]:

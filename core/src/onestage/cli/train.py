@@ -17,7 +17,7 @@ from onestage.cli.app import config_record
 from onestage.cli.datasets import open_split, open_videos
 from onestage.cli.flags import Call, read_settings
 from onestage.cli.runs import Run, checkpoint_to_resume, open_run
-from onestage.config import IMAGENET_MEAN, IMAGENET_STD, config_from_dict
+from onestage.config import config_from_dict, for_trunk
 from onestage.data.ytvis import FramePairs
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
@@ -149,16 +149,12 @@ def _config(method: Method, call: Call, info: WeightsInfo | None) -> Any:
     if info is not None:
         stored = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
         return replace(stored, schedule=config.schedule)
-    if flags.weights_backbone is None:
-        if config.backbone.norm != "train" or config.backbone.frozen_stages:
-            logger.info("no --weights or --weights-backbone: the trunk starts from random numbers, all of it learns")
-            config = replace(config, backbone=replace(config.backbone, norm="train", frozen_stages=0))
-        return config
-    if not Path(flags.weights_backbone).is_file():  # torchvision's weights want torchvision's trunk and colours
-        logger.info("%s: stride in the 3x3 convs, RGB, torchvision's mean and std", flags.weights_backbone)
-        colours = replace(config.input, channel_order="rgb", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        config = replace(config, backbone=replace(config.backbone, stride_in_1x1=False), input=colours)
-    return config
+    if flags.weights_backbone is not None:
+        if not Path(flags.weights_backbone).is_file():
+            logger.info("%s: stride in the 3x3 convs, RGB, torchvision's mean and std", flags.weights_backbone)
+    elif config.backbone.norm != "train" or config.backbone.frozen_stages:
+        logger.info("no --weights or --weights-backbone: the trunk starts from random numbers, all of it learns")
+    return for_trunk(config, flags.weights_backbone)
 
 
 def _by_heart(config: Any, flags: Any) -> Any:
