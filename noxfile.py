@@ -1,11 +1,13 @@
 """Sessions of the repository: `python -m nox -s tests`. They work on the packages they find; none is listed here.
 
 After `--` come package names, then arguments for the tool that the session runs:
-`nox -s tests -- sipmask -k decode`, `nox -s tests -- -m golden`, `nox -s demo -- sipmask --steps 100`.
+`nox -s tests -- sipmask -k decode`, `nox -s tests -- -m golden`, `nox -s demo -- sipmask --steps 100`,
+`nox -s reproduce-table1 -- sipmask --rows "R50*" --profile smoke`.
 """
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import nox
@@ -82,6 +84,26 @@ def wheels(session: nox.Session) -> None:
             *("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", *arguments, package),
             env={"ONESTAGE_CORE": f"onestage-core=={version}"},
         )
+
+
+def reproduces(what: str) -> None:
+    """Makes the session that repeats a table."""
+
+    @nox.session(name=f"reproduce-{what}")
+    def reproduce(session: nox.Session) -> None:
+        """Repeat this table of every paper, or of those named, and write its page: `-- sipmask --profile smoke`."""
+        install_development(session)
+        packages, arguments = split_arguments(session)
+        try:
+            session.run("python", "-m", "onestage.tables", what, *(packages or PAPERS), *arguments)
+        except nox.command.CommandFailed as failed:
+            if str(failed.reason).endswith(" code 3"):  # data are missing; nox by itself says 1 for whatever went wrong
+                sys.exit(3)
+            raise
+
+
+for _what in [*(f"table{number}" for number in range(1, 9)), "figure5", "all"]:
+    reproduces(_what)
 
 
 def split_arguments(session: nox.Session) -> tuple[list[str], list[str]]:

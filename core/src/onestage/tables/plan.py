@@ -73,6 +73,12 @@ class Settings:
         return "cut short" if self.departures else ""
 
     @property
+    def recipe(self) -> str:
+        """How long, how large and on how much the small profile trains."""
+        images = f"{self.limit or SMOKE_TRAIN} images of {self.size or SMOKE_SIZE} px ({self.difficulty})"
+        return f"{self.steps or SMOKE_STEPS} steps on {images}, evaluated on {min(self.limit or SMOKE_VAL, SMOKE_VAL)}"
+
+    @property
     def departures(self) -> tuple[str, ...]:
         """What was asked to differ from the recipe."""
         if self.profile == "smoke":

@@ -18,7 +18,7 @@ import torch
 from onestage.draw import Line, chart, template
 from onestage.engine.checkpoint import write_atomically
 from onestage.method import Method
-from onestage.tables.plan import Settings, entry_of, weights_of
+from onestage.tables.plan import GENERATED, Settings, entry_of, weights_of
 from onestage.tables.record import file_stem
 from onestage.tables.spec import Claim, Row, Table
 
@@ -123,7 +123,9 @@ def write_report(
         "title": _page_title(name, settings),
         "label": settings.label,
         "departures": settings.departures,
+        "mark": {GENERATED: "generated", "": ""}.get(settings.label, settings.label),
         "profile": settings.profile,
+        "recipe": settings.recipe,
         "missing": "; ".join(missing.values()) if all(table.data in missing for _, table in tables) else "",
         "rule": RULE,
         "counts": counts,
@@ -200,16 +202,20 @@ def parameters(method: Method, config: Any) -> float:
 
 def markdown(values: Mapping[str, Any]) -> str:
     """The page's tables, claims and provenance as Markdown."""
-    lines = [f"# {values['title']}", ""]
+    lines, mark = [f"# {values['title']}", ""], values["mark"]
     if values["label"]:
-        lines += [f"**{values['label']}**" + "".join(f"; {text}" for text in values["departures"]) + ".", ""]
+        facts = values["departures"] or (values["recipe"],)
+        lines += [f"**{values['label']}**" + "".join(f"; {text}" for text in facts) + ".", ""]
     lines += ["Each cell: paper / ours. A dash is a number that nobody measured. " + values["rule"], ""]
     for table in values["tables"]:
         lines += [f"## {table['package_title']}, {table['title']}: {table['caption']}", "", table["about"], ""]
         lines.append("| row | " + " | ".join(heading for _, heading in table["columns"]) + " | |")
         lines.append("| --- |" + " --- |" * (len(table["columns"]) + 1))
         for row in table["rows"]:
-            cells = [f"{cell['paper']} / {cell['ours']}{cell['spread']}" for cell in row["cells"]]
+            cells = [
+                f"{cell['paper']} / {cell['ours']}{cell['spread']}" + (f" {mark}" if cell["measured"] and mark else "")
+                for cell in row["cells"]
+            ]
             lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {row['state']} |")
         for claim in table["claims"]:
             lines.append("") if claim is table["claims"][0] else None
@@ -264,10 +270,11 @@ def _row_view(method: Method, table: Table, row: Row, result: Result, settings: 
         values = list(result.values(column).values())
         if column == "params" and row.config is not None:
             values = [parameters(method, row.config)]
-        cell = {"paper": paper or DASH, "ours": DASH, "spread": "", "difference": ""}
+        cell = {"paper": paper or DASH, "ours": DASH, "spread": "", "difference": "", "measured": False}
         if values:
             mean = statistics.fmean(values)
             cell["ours"] = _shown(column, mean)
+            cell["measured"] = column != "params"  # of the network at full size
             cell["spread"] = f" ± {_shown(column, statistics.stdev(values))}" if len(values) > 1 else ""
             printed = _number(paper)
             if printed is not None and settings.profile == "full":

@@ -1,0 +1,133 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from onestage.tables.plan import Settings
+from onestage.tables.record import read_records
+from onestage.tables.reproduce import plan_jobs, run_jobs
+from onestage.tables.work import Job, loss_curve, main, work
+
+
+def test_job_survives_its_file(tmp_path, small):
+    job = Job(package="toy", seed=3, rows=(("2a", "1x1"),), settings=small, output=str(tmp_path), alone=True)
+    job.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == job
+
+
+def test_rows_that_share_a_training_train_once(rows, small, tmp_path, monkeypatch):
+    jobs, _ = plan_jobs(rows("2x2*", "1x1"), small, [0], tmp_path)
+    assert [job.rows for job in jobs] == [(("2a", "1x1"),), (("2a", "2x2"), ("2a", "2x2 strict"))]
+    for job in jobs:
+        work(job)
+    records = read_records(tmp_path / "records")
+    assert len(list((tmp_path / "trainings").iterdir())) == 2
+    assert sorted(record["row"] for record in records) == ["1x1", "2x2", "2x2 strict"]
+    by_row = {record["row"]: record for record in records}
+    assert by_row["2x2"]["training"] == by_row["2x2 strict"]["training"]
+    assert by_row["2x2"]["training"]["steps"] == 2
+    assert by_row["2x2"]["label"] == "generated shapes, not COCO"
+    assert set(by_row["2x2"]["ours"]) >= {"segm/AP", "segm/APs", "bbox/AP", "bbox/AR100"}
+    files = by_row["2x2"]["pictures"]
+    assert all((tmp_path / "pictures" / name).is_file() for name in files["found"] + files["truth"])
+    assert plan_jobs(rows("2x2*", "1x1"), small, [0], tmp_path) == ([], 3)  # finished work is kept
+
+
+def test_seeds_train_again(rows, small, tmp_path):
+    jobs, _ = plan_jobs(rows("1x1"), small, range(3), tmp_path)
+    assert [job.seed for job in jobs] == [0, 1, 2]
+
+
+def test_row_that_measures_by_itself_trains_nothing(rows, small, tmp_path):
+    (job,), _ = plan_jobs(rows("fine"), small, range(3), tmp_path)
+    work(job)
+    (record,) = read_records(tmp_path / "records")
+    assert record["ours"] == {"error": 0.05, "images": 4.0}
+    assert record["training"] is None
+    assert not (tmp_path / "trainings").exists()
+
+
+def test_interrupted_training_goes_on_where_it_stopped(rows, small, tmp_path, monkeypatch):
+    import onestage.tables.work as module
+
+    (job,), _ = plan_jobs(rows("1x1"), replace(small, steps=4), [0], tmp_path)
+    whole = tmp_path / "whole"
+    work(replace(job, output=str(whole)))
+
+    usual, resumed_from = module.TrainOptions, []
+
+    def stopping(**options):
+        resumed_from.append(options["resume"])
+        return usual(**options, stop_after=None if options["resume"] else 2)
+
+    monkeypatch.setattr(module, "TrainOptions", stopping)
+    monkeypatch.setattr(module, "file_digest", _stop_after_first_call(module.file_digest))
+    with pytest.raises(KeyboardInterrupt):  # the first part ends before anything is written down
+        work(job)
+    assert not read_records(tmp_path / "records")
+    work(job)
+    assert resumed_from[0] is None
+    assert resumed_from[1].name == "last.ckpt"
+    (one,), (other,) = read_records(tmp_path / "records"), read_records(whole / "records")
+    assert one["training"]["weights_sha256"] == other["training"]["weights_sha256"]
+    assert one["ours"] == other["ours"]
+
+
+def _stop_after_first_call(function):
+    calls = []
+
+    def once(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(path)
+
+    return once
+
+
+def test_real_data_and_their_weights_again(rows, coco, tmp_path):
+    settings = Settings(profile="full", data=str(coco), steps=2, batch_size=2, size=32, device="cpu")
+    (job,), _ = plan_jobs(rows("1x1"), settings, [0], tmp_path / "a", alone=True)
+    work(job)
+    (record,) = read_records(tmp_path / "a" / "records")
+    assert record["departures"] == list(settings.departures)
+    assert record["data"]["train_images"] == 8
+    assert record["ours"]["fps"] == pytest.approx(1000 / record["ours"]["ms"])
+
+    weights = next((tmp_path / "a" / "trainings").glob("*/best.safetensors"))
+    given = Settings(profile="full", data=str(coco), weights=str(weights), size=32, device="cpu")
+    (job,), _ = plan_jobs(rows("1x1"), given, [0], tmp_path / "b")
+    work(job)
+    (again,) = read_records(tmp_path / "b" / "records")
+    assert again["training"]["weights_sha256"] == record["training"]["weights_sha256"]
+    assert again["ours"]["segm/AP"] == record["ours"]["segm/AP"]
+
+
+def test_error_is_left_for_the_one_who_started_the_process(tmp_path, small, toy, capsys):
+    settings = Settings(profile="full", data=str(tmp_path / "nowhere"))
+    job = Job(package="toy", seed=0, rows=(("2a", "1x1"),), settings=settings, output=str(tmp_path))
+    job.write(tmp_path / "job.json")
+    assert main([str(tmp_path / "job.json")]) == 3
+    assert "does not exist" in json.loads((tmp_path / "job.error").read_text())[0]
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_report_progress_and_failures(rows, small, tmp_path):
+    jobs, _ = plan_jobs(rows("1x1", "fine"), small, [0], tmp_path, alone=False)
+    broken = replace(jobs[1], settings=replace(small, profile="full", data=str(tmp_path / "nowhere")))
+    said = []
+    outcome = run_jobs([jobs[0], jobs[1], broken], tmp_path, at_once=2, reused=0, say=said.append)
+    assert outcome.finished == 2
+    assert [(job, "does not exist" in why) for job, why in outcome.failed] == [(broken, True)]
+    assert any(line.startswith("[1/3]") and "mask AP" in line for line in said)
+    assert any("FAILED" in line for line in said)
+    assert any("1 left, about" in line for line in said)
+
+
+def test_curves_are_thinned_and_end_with_the_last_step(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 201)] + [json.dumps({"step": 200})]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    curve = loss_curve(tmp_path / "m.jsonl")
+    assert curve[-1] == (200, 0.005)
+    assert len(curve) <= 60
