@@ -41,6 +41,15 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def paper_text(shared: Path, request: pytest.FixtureRequest) -> str:
+    """The text of the paper whose package asks; the test is skipped without it."""
+    path = shared / "papers" / f"{request.path.relative_to(ROOT).parts[0]}.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: printed numbers are not checked")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
 def device() -> torch.device:
     """The GPU if there is one and kernels are compiled, else the CPU, where they run in Triton's interpreter."""
     compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "draw": VALUES,
     "tables": VALUES | {"method", "data", "engine", "builders", "draw"},
     "cli": VALUES | {"method", "data", "engine", "tables", "builders", "transforms", "draw"},
-    "testing": VALUES | {"method", "transforms", "ops", "nn", "data"},
+    "testing": VALUES | {"method", "transforms", "ops", "nn", "data", "tables"},
     "synth": {"errors", "cli", "data"},
 }
 EXCEPTIONS = {

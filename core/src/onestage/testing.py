@@ -1,10 +1,19 @@
-"""Oracles and inputs for tests and benchmarks: the published dense formulas, written once, and typical boxes."""
+"""Oracles and inputs for tests and benchmarks: the published dense formulas, written once, typical boxes, and what a
+paper's tables are checked with.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from onestage.method import Method
+from onestage.tables.spec import Table, small_config
 
 Size = tuple[int, int]
 
@@ -184,3 +193,86 @@ def dense_mask_loss(
     soft = dense_soft_masks(basis, coefficients, boxes, grid=grid, rule=rule)
     wanted = masks[mask_index].to(soft.dtype) * inside
     return F.binary_cross_entropy(soft, wanted, reduction="none").sum((1, 2))
+
+
+def check_printed(
+    table: Table,
+    text: str,
+    *,
+    start: str,
+    columns: Sequence[str | tuple[int, str]] | Mapping[str, str],
+    repairs: Mapping[str, str] | None = None,
+    blank: Sequence[str] = (),
+) -> None:
+    """Every number of a table against the text of its paper, cell by cell in the printed order.
+
+    The rows with numbers must be the printed lines, one for one, and the words of a row's `source` ("Table 1: words")
+    must stand in its line. A missing, mistyped or transposed number is an AssertionError that names row and column.
+
+    Args:
+        table: The table as data.
+        text: The paper; cells are separated by tabs, bold ones may be marked up.
+        start: Some words of the line above the table's first one, once in the text. An empty line ends the table.
+        columns: The columns of the last cells of a line. "" is a cell without a number to check; (k, column) is a
+            cell that belongs to the k-th of several rows that share the line.
+        repairs: Printed cells, where the text has run two together, and what they are.
+        blank: Columns whose cell may be empty, because the paper prints it once for several lines.
+    """
+    assert text.count(start) == 1, f"{table.title}: {start!r} stands {text.count(start)} times in the text"
+    body = text.split(start)[1].partition("\n")[2].lstrip("\n").partition("\n\n")[0]
+    cells = [(0, entry) if isinstance(entry, str) else entry for entry in columns]
+    rows = [row for row in table.rows if row.paper]
+    together = 1 + max(k for k, _ in cells)
+    position = 0
+    for line in body.splitlines():
+        words = line.split("\t")
+        printed = [_number((repairs or {}).get(word, word)) for word in words[len(words) - len(cells) :]]
+        checked = [(k, column, word) for (k, column), word in zip(cells, printed, strict=True) if column]
+        if not any(word == "-" or word[:1].isdigit() for _, _, word in checked):
+            continue  # a heading
+        assert position + together <= len(rows), f"{table.title}: no row for the line {line!r}"
+        for k, column, word in checked:
+            row = rows[position + k]
+            if word or column not in blank:
+                ours = row.paper.get(column, "-")
+                assert ours == word, f"{table.title}, row '{row.name}', {column}: {ours} here, {word!r} in {line!r}"
+        for row in rows[position : position + together]:
+            for word in row.source.partition(": ")[2].partition(";")[0].split():
+                assert word in line, f"{table.title}, row '{row.name}': {word!r} of its source is not in {line!r}"
+        position += together
+    assert position == len(rows), f"{table.title}: no line for row '{rows[position].name}'"
+
+
+def check_claims(tables: Sequence[Table]) -> None:
+    """Claims agree with the paper's own numbers, where it prints both; a claim stands once."""
+    for table in tables:
+        assert len(set(table.claims)) == len(table.claims), f"{table.title}: a claim stands twice"
+        for claim in table.claims:
+            more, less = (table.row(name).paper.get(claim.column) for name in (claim.higher, claim.lower))
+            if more is not None and less is not None:
+                assert float(more) > float(less), f"{table.title}: the paper's numbers contradict {claim}"
+
+
+def check_rows(method: Method) -> None:
+    """Every row's configuration, at its size and for generated shapes, builds its model, on the meta device."""
+    usual, demo = method.variants[method.default_variant], method.variants[method.demo_variant]
+    built = set()
+    for table in method.tables():
+        for row in table.rows:
+            assert row.paper.keys() <= table.columns.keys()
+            assert row.source or not row.paper, f"{table.title}, row '{row.name}': where does the paper say so?"
+            if row.config is None:
+                continue
+            for config in (row.config, small_config(row, usual, demo)):
+                network = replace(config, schedule=usual.schedule)
+                if network not in built:
+                    with torch.device("meta"):
+                        method.build(network)
+                built.add(network)
+
+
+def _number(cell: str) -> str:
+    """What is printed in a cell, without mark-up, differences to other rows, and the letter of a GPU."""
+    cell = re.sub(r"</?b>|\$|\*\*", "", cell)
+    cell = re.sub(r"\s*(\^\{[^}]*\}|\([+-][^)]*\)|/[VP])", "", cell).strip()
+    return "-" if cell in ("_", "\u2014") else cell

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from onestage.config import BackboneConfig, InputConfig, ScheduleConfig
-from onestage.tables.spec import Claim, Row, Table, small_config, with_field
+from onestage.tables.spec import AP, Claim, Row, Table, columns, higher, printed, small_config, with_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +116,22 @@ def test_a_claim_compares_rows_and_columns_that_are_there():
 def test_number_decides_title_and_session(number, printed, title, session):
     found = table(row(), number=number, printed=printed)
     assert (found.title, found.session) == (title, session)
+
+
+def test_a_printed_line_becomes_columns_without_its_dashes():
+    assert printed(("fps", *columns("segm", AP[:3])), "- 29.2 49.5 30.0") == {
+        "segm/AP": "29.2",
+        "segm/AP50": "49.5",
+        "segm/AP75": "30.0",
+    }
+    with pytest.raises(ValueError, match="zip"):
+        printed(columns("bbox", AP), "29.2 49.5")
+
+
+def test_columns_have_headings_of_their_kind():
+    assert columns("bbox", AP[:2]) == {"bbox/AP": "box AP", "bbox/AP50": "box AP50"}
+
+
+def test_a_pair_of_rows_is_compared_in_every_column():
+    claims = higher("a", "b", columns("segm", AP[:2]), "steadily")
+    assert claims == tuple(Claim(higher="a", lower="b", column=c, text="steadily") for c in ("segm/AP", "segm/AP50"))

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from meinst.model import MEInst
+    from onestage.tables.spec import Table
 
 
 def build(config: MEInstConfig) -> "MEInst":
@@ -41,6 +42,12 @@ def fit_encoding(words: list[str]) -> int:
     return run(words)
 
 
+def tables() -> "tuple[Table, ...]":
+    from meinst.tables import TABLES
+
+    return TABLES
+
+
 METHOD = Method(
     name="meinst",
     title="MEInst (CVPR 2020): a mask as a short code beside each box",
@@ -55,4 +62,5 @@ METHOD = Method(
     prepare=prepare,
     polygons=True,
     extra_verbs={"fit_encoding": fit_encoding},
+    tables=tables,
 )

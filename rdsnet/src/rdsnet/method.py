@@ -8,6 +8,8 @@ from rdsnet.config import VARIANTS, RDSNetConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from onestage.tables.spec import Table
+
 
 def build(config: RDSNetConfig) -> "nn.Module":
     if config.detector == "yolact":
@@ -43,6 +45,12 @@ def finish(model: Any, train_set: Any) -> RDSNetConfig:
     return train_refinement(model, train_set)
 
 
+def tables() -> "tuple[Table, ...]":
+    from rdsnet.tables import TABLES
+
+    return TABLES
+
+
 METHOD = Method(
     name="rdsnet",
     title="RDSNet (AAAI 2020): masks from correlated object and pixel vectors, box sides read off masks",
@@ -56,4 +64,6 @@ METHOD = Method(
     infer_config=infer_config,
     extra_verbs={"train_mbrm": train_mbrm},
     finish=finish,
+    after_training=("inference", "refine"),
+    tables=tables,
 )

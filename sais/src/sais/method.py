@@ -6,6 +6,7 @@ from onestage.method import Method
 from sais.config import VARIANTS, SAISConfig
 
 if TYPE_CHECKING:
+    from onestage.tables.spec import Table
     from sais.model import SAIS
 
 
@@ -13,6 +14,12 @@ def build(config: SAISConfig) -> "SAIS":
     from sais.model import SAIS
 
     return SAIS(config)
+
+
+def tables() -> "tuple[Table, ...]":
+    from sais.tables import TABLES
+
+    return TABLES
 
 
 METHOD = Method(
@@ -25,4 +32,5 @@ METHOD = Method(
     demo_variant="demo",
     build=build,
     unreleased="the code and the weights behind the paper's tables were never released",
+    tables=tables,
 )

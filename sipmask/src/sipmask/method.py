@@ -8,6 +8,7 @@ from sipmask.config import VARIANTS, SipMaskConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from onestage.tables.spec import Table
     from sipmask.model import SipMask
 
 
@@ -45,6 +46,12 @@ def track(words: list[str]) -> int:
     return run(words)
 
 
+def tables() -> "tuple[Table, ...]":
+    from sipmask.tables import TABLES
+
+    return TABLES
+
+
 METHOD = Method(
     name="sipmask",
     title="SipMask (ECCV 2020): one coefficient set per sub-region of a box",
@@ -58,4 +65,5 @@ METHOD = Method(
     infer_config=infer_config,
     is_video=is_video,
     extra_verbs={"to_video": to_video, "track": track},
+    tables=tables,
 )

@@ -6,6 +6,7 @@ from onestage.method import Method
 from sprnet.config import VARIANTS, SPRNetConfig
 
 if TYPE_CHECKING:
+    from onestage.tables.spec import Table
     from sprnet.model import SPRNet
 
 
@@ -13,6 +14,12 @@ def build(config: SPRNetConfig) -> "SPRNet":
     from sprnet.model import SPRNet
 
     return SPRNet(config)
+
+
+def tables() -> "tuple[Table, ...]":
+    from sprnet.tables import TABLES
+
+    return TABLES
 
 
 METHOD = Method(
@@ -25,4 +32,5 @@ METHOD = Method(
     demo_variant="demo",
     build=build,
     unreleased="neither code nor models of the paper were ever released",
+    tables=tables,
 )

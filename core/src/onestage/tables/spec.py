@@ -5,7 +5,7 @@ Nothing here imports torch. A package's `tables.py` holds `TABLES`; `Method.tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -22,6 +22,10 @@ EXTRA_COLUMNS = {
 # What the small profile takes from the method's demo: sizes, trunk and recipe. Everything else is a row's switch.
 OF_THE_DEMO = {"num_classes", "width", "tower_depth", "backbone", "input", "schedule"}
 SWITCHES_OF_TRUNK = ("deformable_stages", "deformable_interval", "modulated")
+
+# COCO's summaries, in the order papers print them.
+AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+AR = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,37 @@ class Table:
     def row(self, name: str) -> Row:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
+
+
+def columns(kind: str, names: Sequence[str]) -> dict[str, str]:
+    """Columns of one kind with their headings: `columns("bbox", AP)` is {"bbox/AP": "box AP", ...}."""
+    return {f"{kind}/{name}": f"{KINDS[kind]} {name}" for name in names}
+
+
+def printed(columns: Sequence[str] | Mapping[str, str], line: str) -> dict[str, str]:
+    """The numbers of a printed line, "29.2 49.5 -", by column; a dash is left out.
+
+    Raises:
+        ValueError: there are more or fewer numbers than columns.
+    """
+    return {column: number for column, number in zip(columns, line.split(), strict=True) if number != "-"}
+
+
+def cited(
+    name: str,
+    source: str,
+    columns: Sequence[str] | Mapping[str, str],
+    line: str,
+    why_not: str = "cited: another system",
+    **rest: Any,
+) -> Row:
+    """A row that is not repeated here, from its printed line; `rest` are further fields of `Row`."""
+    return Row(name=name, source=source, paper=printed(columns, line), why_not=why_not, **rest)
+
+
+def higher(better: str, worse: str, columns: Sequence[str] | Mapping[str, str], text: str = "") -> tuple[Claim, ...]:
+    """A claim for each column: `better` has the larger number."""
+    return tuple(Claim(higher=better, lower=worse, column=column, text=text) for column in columns)
 
 
 def small_config(row: Row, base: Any, demo: Any) -> Any:
