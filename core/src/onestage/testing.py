@@ -254,21 +254,22 @@ def check_claims(tables: Sequence[Table]) -> None:
 
 
 def check_rows(method: Method) -> None:
-    """Every row's configuration, at its size and for generated shapes, builds its model, on the meta device."""
+    """Every row's configuration, at its size and for generated shapes, builds its model, on the meta device.
+
+    Full-size models that differ only in what training does not read (`Method.after_training`) are built once.
+    """
     usual, demo = method.variants[method.default_variant], method.variants[method.demo_variant]
-    built = set()
+    same = {name: getattr(usual, name) for name in ("schedule", "input", *method.after_training)}
+    networks = set()
     for table in method.tables():
         for row in table.rows:
             assert row.paper.keys() <= table.columns.keys()
             assert row.source or not row.paper, f"{table.title}, row '{row.name}': where does the paper say so?"
-            if row.config is None:
-                continue
-            for config in (row.config, small_config(row, usual, demo)):
-                network = replace(config, schedule=usual.schedule)
-                if network not in built:
-                    with torch.device("meta"):
-                        method.build(network)
-                built.add(network)
+            if row.config is not None:
+                networks |= {replace(row.config, **same), small_config(row, usual, demo)}
+    for config in networks:
+        with torch.device("meta"):
+            method.build(config)
 
 
 def _number(cell: str) -> str:
