@@ -90,7 +90,7 @@ class FitOptions:
     lr: float = 0.005  # constant
     momentum: float = 0.9
     batch_size: int = 8  # images
-    images: int = 1000  # training images whose profiles are collected and used again and again
+    images: int = 300  # training images whose profiles are collected; tens of thousands of sides for 2 s + 2 numbers
     seed: int = 0
 
 

@@ -34,7 +34,7 @@ class TrainMBRM(Data, Talk):
     steps: int = 1000
     lr: float = 0.005
     batch: int = 8  # images of a step
-    images: int = 1000  # training images whose mask profiles are collected; memory: 100 x (height + width) numbers each
+    images: int = 300  # training images whose mask profiles are collected; memory: 100 x (height + width) numbers each
     reach: int = 4  # s: the kernel has 2 s + 1 taps
     gamma: float = 0.05  # standard deviation of the prior, in box sides
     sweep: Switch = False  # also box AP on the val split for a grid of s and gamma, each trained (Figure 5)
