@@ -4,6 +4,7 @@ A method's own config nests these: `backbone`, `input`, `schedule`. Variants are
 `dataclasses.replace`; a run stores `asdict(config)` and weights carry it; `config_from_dict` reads it back.
 """
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -106,6 +107,27 @@ def of_length(schedule: ScheduleConfig, length: int, unit: Literal["epochs", "st
         raise UsageError(f"the length of training is {length}", "train for at least one step or epoch")
     milestones = tuple(round(m * length / schedule.length) for m in schedule.milestones)
     return replace(schedule, length=length, unit=unit, milestones=milestones)
+
+
+def rescaled(schedule: ScheduleConfig, batch_size: int) -> ScheduleConfig:
+    """The same recipe at another total batch.
+
+    SGD's learning rate scales linearly, Adam's with the square root; lengths in steps keep the number of images seen.
+    """
+    ratio = batch_size / schedule.batch_size
+
+    def steps(number: int) -> int:
+        return max(1, round(number / ratio))
+
+    in_steps = schedule.unit == "steps"
+    return replace(
+        schedule,
+        batch_size=batch_size,
+        lr=schedule.lr * (ratio if schedule.optimizer == "sgd" else math.sqrt(ratio)),
+        length=steps(schedule.length) if in_steps else schedule.length,
+        milestones=tuple(map(steps, schedule.milestones)) if in_steps else schedule.milestones,
+        warmup_steps=steps(schedule.warmup_steps),
+    )
 
 
 def for_trunk(config: Config, weights_backbone: str | None) -> Config:

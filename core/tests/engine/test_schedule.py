@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from onestage.config import ScheduleConfig
-from onestage.engine.schedule import Plateau, lr_at, make_optimizer, parameter_groups, rescaled, set_lr, total_steps
+from onestage.config import ScheduleConfig, rescaled
+from onestage.engine.schedule import Plateau, lr_at, make_optimizer, parameter_groups, set_lr, total_steps
 
 
 class TowerOfThree(nn.Module):

@@ -47,6 +47,13 @@ def test_small_recipe_has_its_steps_and_size(toy, small):
     assert config.grid == (1, 1)
 
 
+def test_small_recipe_keeps_the_several_sizes_of_a_row(toy, small):
+    several = {"input.train_sizes": ((96, 96), (128, 128)), "input.train_draw": "range"}
+    row = replace(toy.tables()[0].row("1x1"), small=several)
+    config = config_of(toy, row, replace(small, size=64))
+    assert (config.input.train_sizes, config.input.train_draw) == (((48, 48), (64, 64)), "range")
+
+
 def test_full_recipe_is_the_row_with_a_trunk_that_can_learn(toy):
     row = toy.tables()[0].row("1x1")
     config = config_of(toy, row, Settings(profile="full"))

@@ -4,9 +4,10 @@ AP and AR in percent. What the paper leaves open is said in notes (docs/methods/
 """
 
 from dataclasses import replace
+from typing import Literal
 
 from onestage.tables.spec import AP, Claim, Row, Table, cited, columns, higher, printed
-from sipmask.config import ABLATION, R50_RT_6X, R101_MS_6X, R101_PLUS_6X, R101_RT_6X, VIDEO, VIDEO_MS
+from sipmask.config import ABLATION, R50, R50_RT_6X, R101_MS_6X, R101_PLUS_6X, R101_RT_6X, VIDEO, VIDEO_MS
 
 SEGM = columns("segm", AP)
 TITAN_XP, V100 = "Titan Xp", "Tesla V100"
@@ -167,7 +168,6 @@ TABLE1 = Table(
 _NOT_PRINTED = "This table is not in the text we have."
 _BASELINE = "From Sec. 4.3."
 _SP = replace(ABLATION, grid=(2, 2), align_features=True)
-_ALL_LEVELS = ("P3", "P4", "P5")
 
 TABLE2 = Table(
     number="2",
@@ -182,14 +182,14 @@ TABLE2 = Table(
             name="+SP +CBM",
             source="Table 2",
             paper={},
-            config=replace(_SP, basis_levels=_ALL_LEVELS),
+            config=replace(_SP, basis_levels=R50.basis_levels),
             notes=(_NOT_PRINTED,),
         ),
         Row(
             name="+SP +CBM +WL",
             source="Table 2",
             paper={},
-            config=replace(_SP, basis_levels=_ALL_LEVELS, weighting="cls_loc"),
+            config=replace(_SP, basis_levels=R50.basis_levels, weighting="cls_loc"),
             notes=(_NOT_PRINTED, "The released fcos_core model of this row has 34.2, the mmdetection one 33.5."),
         ),
     ),
@@ -230,7 +230,7 @@ TABLE3 = Table(
             name="CBM",
             source="Table 3",
             paper={},
-            config=replace(ABLATION, basis_levels=_ALL_LEVELS),
+            config=replace(ABLATION, basis_levels=R50.basis_levels),
             notes=(_NOT_PRINTED, _ASSUMED),
         ),
         Row(
@@ -280,7 +280,7 @@ TABLE4 = Table(
     ),
 )
 
-_WEIGHTINGS = {
+_WEIGHTINGS: dict[str, tuple[Literal["none", "cls", "loc", "cls_loc"], str]] = {
     "baseline": ("none", "31.2"),
     "only cls.": ("cls", "31.8"),
     "only loc.": ("loc", "31.7"),

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from onestage.config import BackboneName, ScheduleConfig, config_from_dict, of_length, resized
+from onestage.config import BackboneName, ScheduleConfig, config_from_dict, of_length, rescaled, resized
 from onestage.errors import UsageError
 from onestage.method import Method
 
@@ -479,8 +479,6 @@ def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
         if batch_size < 1:
             raise UsageError(f"--batch-size is {batch_size}", "give at least 1")
         if flags.autoscale:
-            from onestage.engine.schedule import rescaled  # loads torch, which --help does without
-
             chosen = {f.name for f in fields(schedule) if f"optim.{f.name}" in call.given}
             kept = {name: getattr(schedule, name) for name in chosen}
             schedule = replace(rescaled(schedule, batch_size), **kept)

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from tyro.conf import Positional
 
 from onestage.cli.flags import Switch, Talk, parse_flags
 from onestage.errors import DatasetError, UsageError, UserError
 
+if TYPE_CHECKING:
+    from onestage.method import Method
+    from onestage.tables.spec import Table
+
 PROGRAM = "python -m onestage.tables"
 OUTPUT = Path("runs") / "tables"
-ROOTS = {"coco": "COCO_ROOT", "ytvis": "YTVIS_ROOT"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: Tables, words: list[str]) -> int:
-    # The imports are here because these modules load torch.
-    from onestage.tables.plan import GENERATED, chosen_rows, data_of, methods_of, tables_of
+    from onestage.tables.plan import GENERATED, ROOTS, chosen_rows, data_of, methods_of, tables_of
     from onestage.tables.record import read_records
-    from onestage.tables.render import write_report
     from onestage.tables.reproduce import plan_jobs, run_jobs, title
 
     def say(text: str) -> None:
@@ -90,20 +91,21 @@ def _run(flags: Tables, words: list[str]) -> int:
     tables = tables_of(methods_of(packages), sessions)
     seeds = range(flags.seeds if flags.weights is None else 1)
     command = shlex.join(["python", "-m", "onestage.tables", *words])
-    runnable, missing = [], {}
+    runnable: list[tuple[Method, Table]] = []
+    missing: dict[str, str] = {}
     for method, table in tables:
         try:
             data_of(table, settings)
         except (UsageError, DatasetError) as error:
-            if flags.data is not None:
+            if flags.data is not None and all(other.data == table.data for _, other in tables):
                 raise
             root = ROOTS[table.data]
             missing[table.data] = f"needs a data set: give --data FOLDER or set {root} ({error.what})"
         else:
             runnable.append((method, table))
     rows = chosen_rows(runnable, flags.rows)
-    alone = (flags.jobs or _side_by_side(flags)) == 1
-    jobs, reused = plan_jobs(rows, settings, seeds, output, alone=alone, command=command)
+    at_once = flags.jobs or (1 if flags.dry_run or flags.report_only else _side_by_side(flags))
+    jobs, reused = plan_jobs(rows, settings, seeds, output, alone=at_once == 1, command=command)
     if flags.profile == "smoke":
         say(f"profile smoke: {GENERATED}, small models, short schedule; no number says anything about the papers' data")
     say(f"{len(rows)} rows of {len(runnable)} tables; {reused} runs are there already, {len(jobs)} trainings to go")
@@ -111,10 +113,11 @@ def _run(flags: Tables, words: list[str]) -> int:
         for job in jobs:
             print(title(job))
         return 0
+    from onestage.tables.render import write_report  # loads torch
+
     outcome = None
     if jobs and not flags.report_only:
         signal.signal(signal.SIGTERM, _interrupted)
-        at_once = flags.jobs or _side_by_side(flags)
         outcome = run_jobs(jobs, output, at_once=at_once, reused=reused, say=say)
     records = [record for folder in (*flags.records, output / "records") for record in read_records(folder)]
     asked: dict[tuple[str, str], set[str]] = {}

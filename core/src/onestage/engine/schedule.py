@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -88,27 +88,6 @@ def lr_at(step: int, steps_per_epoch: float, config: ScheduleConfig) -> float:
 def total_steps(config: ScheduleConfig, steps_per_epoch: float) -> int:
     """Updates of the whole schedule, at least one."""
     return max(1, round(config.length * (steps_per_epoch if config.unit == "epochs" else 1)))
-
-
-def rescaled(config: ScheduleConfig, batch_size: int) -> ScheduleConfig:
-    """The same recipe at another total batch.
-
-    SGD's learning rate scales linearly, Adam's with the square root; lengths in steps keep the number of images seen.
-    """
-    ratio = batch_size / config.batch_size
-
-    def steps(number: int) -> int:
-        return max(1, round(number / ratio))
-
-    in_steps = config.unit == "steps"
-    return replace(
-        config,
-        batch_size=batch_size,
-        lr=config.lr * (ratio if config.optimizer == "sgd" else math.sqrt(ratio)),
-        length=steps(config.length) if in_steps else config.length,
-        milestones=tuple(map(steps, config.milestones)) if in_steps else config.milestones,
-        warmup_steps=steps(config.warmup_steps),
-    )
 
 
 @dataclass

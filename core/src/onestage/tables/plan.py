@@ -2,30 +2,36 @@
 
 Two keys say what is the same. The key of a training covers everything that training reads; the key of an entry covers
 that and everything its evaluation reads. A record carries its entry's key: that is how finished work is found again.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from onestage.config import for_trunk, of_length, resized
-from onestage.data.coco import locate
-from onestage.data.synth import DifficultyName
-from onestage.engine.schedule import rescaled
-from onestage.errors import UsageError, some
+from onestage.config import InputConfig, config_from_dict, for_trunk, of_length, rescaled, resized
+from onestage.errors import DatasetError, UsageError, some
 from onestage.method import Method
 from onestage.tables.record import digest, file_digest, file_stem
 from onestage.tables.spec import Row, Table, small_config
 
+if TYPE_CHECKING:
+    from onestage.data.coco import Split
+
 SMOKE_STEPS = 300  # of 8 images: about 90 s of both cores of a small machine
-SMOKE_TRAIN, SMOKE_VAL, SMOKE_SIZE = 2000, 100, 128
+SMOKE_SIZE = 128
+# Generated images, and of tables on videos generated clips, to train on and to evaluate on.
+SMOKE_COUNTS = {"coco": (2000, 100), "ytvis": (160, 20)}
 GENERATED = "generated shapes, not COCO"
+# What names the folder of a data set where `data` does not.
+ROOTS = {"coco": "COCO_ROOT", "ytvis": "YTVIS_ROOT"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class Settings:
     size: int | None = None
     batch_size: int | None = None
     limit: int | None = None
-    difficulty: DifficultyName = "easy"
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int | None = None
@@ -75,8 +81,14 @@ class Settings:
     @property
     def recipe(self) -> str:
         """How long, how large and on how much the small profile trains."""
-        images = f"{self.limit or SMOKE_TRAIN} images of {self.size or SMOKE_SIZE} px ({self.difficulty})"
-        return f"{self.steps or SMOKE_STEPS} steps on {images}, evaluated on {min(self.limit or SMOKE_VAL, SMOKE_VAL)}"
+        train, val = self.counts("coco")
+        images = f"{train} images of {self.size or SMOKE_SIZE} px ({self.difficulty})"
+        return f"{self.steps or SMOKE_STEPS} steps on {images}, evaluated on {val}"
+
+    def counts(self, data: str) -> tuple[int, int]:
+        """Generated images, or clips, that the small profile trains on and is evaluated on."""
+        train, val = SMOKE_COUNTS[data]
+        return self.limit or train, min(self.limit or val, val)
 
     @property
     def departures(self) -> tuple[str, ...]:
@@ -114,6 +126,45 @@ class Entry:
     config: Any
     training: str
     key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does.
+
+    Args:
+        package: Import name.
+        seed: Of the training.
+        rows: (number of a table, name of a row), all with the same training.
+        settings: How.
+        output: Folder with `records`, `trainings` and `pictures`.
+        alone: No other job runs beside this one, so that latencies can be measured.
+        command: What the user typed, for the record.
+    """
+
+    package: str
+    seed: int
+    rows: tuple[tuple[str, str], ...]
+    settings: Settings
+    output: str
+    alone: bool = False
+    command: str = ""
+
+    def write(self, path: Path) -> None:
+        """To a file that `Job.read` reads."""
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Job:
+        """What `write` wrote."""
+        return config_from_dict(Job, json.loads(path.read_text(encoding="utf-8")), str(path))
+
+    def entries(self) -> list[Entry]:
+        """Its rows, with their configurations and keys."""
+        (method,) = methods_of([self.package])
+        tables = {table.number: table for table in method.tables()}
+        found = [(tables[number], tables[number].row(name)) for number, name in self.rows]
+        return [entry_of(method, table, row, self.settings, self.seed) for table, row in found]
 
 
 def methods_of(packages: Sequence[str]) -> list[Method]:
@@ -203,7 +254,7 @@ def config_of(method: Method, row: Row, settings: Settings) -> Any:
         factor = (settings.size or SMOKE_SIZE) / SMOKE_SIZE
         config = replace(
             config,
-            input=resized(config.input, round(config.input.test_size[0] * factor)),
+            input=_scaled(config.input, factor),
             schedule=of_length(config.schedule, SMOKE_STEPS, "steps"),
         )
     else:
@@ -229,20 +280,36 @@ def data_of(table: Table, settings: Settings) -> dict[str, Any]:
     """What the data are, as far as results depend on it.
 
     Raises:
-        UsageError, DatasetError: profile `full` and no data; see `locate`.
+        UsageError, DatasetError: profile `full` and no data; see `splits_of`.
     """
     if settings.profile == "smoke":
-        size = settings.size or SMOKE_SIZE
-        counts = {"train": settings.limit or SMOKE_TRAIN, "val": min(settings.limit or SMOKE_VAL, SMOKE_VAL)}
-        return {"name": GENERATED, "format": table.data, "difficulty": settings.difficulty, "size": size, **counts}
-    splits = {split: locate(data_folder(settings), split) for split in ("train", "val")}
+        train, val = settings.counts(table.data)
+        facts: dict[str, Any] = {"name": GENERATED, "format": table.data, "size": settings.size or SMOKE_SIZE}
+        if table.data == "coco":
+            facts["difficulty"] = settings.difficulty
+        return facts | {"train": train, "val": val}
+    splits = splits_of(table, settings)
     hashes = {f"{name}_sha256": _hash_of(split.json) for name, split in splits.items()}
     return {"name": splits["val"].json.name, "format": table.data, "limit": settings.limit, **hashes}
 
 
-def data_folder(settings: Settings) -> Path | None:
-    """The folder that `--data` names, or None for the environment's."""
-    return None if settings.data is None else Path(settings.data)
+def splits_of(table: Table, settings: Settings) -> dict[str, Split]:
+    """Where the `train` and the `val` part of a table's data lie: below `data`, or where ROOTS says.
+
+    Raises:
+        UsageError, DatasetError: nothing says where, or what lies there is no such data set; see `locate`.
+    """
+    from onestage.data.coco import locate  # loads torch, which planning on generated data does without
+
+    folder = None if settings.data is None else Path(settings.data)
+    parts: tuple[Literal["train", "val"], ...] = ("train", "val")
+    splits: dict[str, Split] = {part: locate(folder, part, variable=ROOTS[table.data]) for part in parts}
+    if table.data == "ytvis" and (strange := [split for split in splits.values() if split.layout != "YouTube-VIS"]):
+        raise DatasetError(
+            f"'{strange[0].json}' has the layout of images ({strange[0].layout}), and {table.title} is on videos",
+            "give a data set in YouTube-VIS layout; to try without: python -m onestage.synth clips --video",
+        )
+    return splits
 
 
 def read_by_training(config: Any, method: Method) -> Mapping[str, Any]:
@@ -250,6 +317,12 @@ def read_by_training(config: Any, method: Method) -> Mapping[str, Any]:
     values = {name: value for name, value in asdict(config).items() if name not in method.after_training}
     values["input"] = {name: value for name, value in values["input"].items() if name != "test_size"}
     return values
+
+
+def _scaled(config: InputConfig, factor: float) -> InputConfig:
+    """The input with every size times `factor`."""
+    test, *train = [(round(h * factor), round(w * factor)) for h, w in (config.test_size, *config.train_sizes)]
+    return replace(config, test_size=test, train_sizes=tuple(train))
 
 
 @functools.cache

@@ -17,9 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
-
 SCHEMA = 1
 HERE = Path(__file__).resolve().parent
 
@@ -38,11 +35,12 @@ def write_record(
     """
     code = provenance()
     code["command"] = command or code["command"]
-    record = {"schema": SCHEMA, "kind": "speed", "name": name, "config": config, "config_sha256": digest(config)}
+    sha256 = digest(config)
+    record = {"schema": SCHEMA, "kind": "speed", "name": name, "config": config, "config_sha256": sha256}
     record |= {**body, "code": code, "machine": machine()}
     folder.mkdir(parents=True, exist_ok=True)
     dirty = "-dirty" if code["dirty"] else ""
-    path = folder / f"{file_stem(name)}-{record['config_sha256'][:12]}-{code['commit'][:7]}{dirty}.json"
+    path = folder / f"{file_stem(name)}-{sha256[:12]}-{code['commit'][:7]}{dirty}.json"
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
@@ -91,6 +89,9 @@ def provenance() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """The device and the versions that decide a result."""
+    import torch  # not above: planning reads records, and the imports take longer than it does
+    import torchvision
+
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),

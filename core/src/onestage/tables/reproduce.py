@@ -17,10 +17,9 @@ from pathlib import Path
 
 from onestage.errors import UsageError, some
 from onestage.method import Method
-from onestage.tables.plan import Entry, Settings, entries_of, read_by_training
+from onestage.tables.plan import Entry, Job, Settings, entries_of, read_by_training
 from onestage.tables.record import digest, read_records
 from onestage.tables.spec import KINDS, Row, Table
-from onestage.tables.work import Job
 
 Say = Callable[[str], None]
 INTERRUPTED = (130, 143)
@@ -91,7 +90,7 @@ def plan_jobs(
 def run_jobs(jobs: Sequence[Job], output: Path, *, at_once: int, reused: int, say: Say) -> Outcome:
     """Runs the jobs in processes, so many at once; a failing one does not stop the others, an interruption does."""
     outcome = Outcome(finished=reused, reused=reused)
-    waiting, running = list(enumerate(jobs, 1)), []
+    waiting, running = list(enumerate(jobs, 1)), list[_Process]()
     durations: list[float] = []
     for folder in ("records", "jobs"):
         (output / folder).mkdir(parents=True, exist_ok=True)

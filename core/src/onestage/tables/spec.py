@@ -191,8 +191,9 @@ def small_config(row: Row, base: Any, demo: Any) -> Any:
         base: The method's default configuration.
         demo: The method's demo configuration.
     """
-    config = _carried(row.config, base, demo, OF_THE_DEMO)
-    trunk = {name: getattr(row.config.backbone, name) for name in SWITCHES_OF_TRUNK}
+    full: Any = row.config
+    config = _carried(full, base, demo, OF_THE_DEMO)
+    trunk = {name: getattr(full.backbone, name) for name in SWITCHES_OF_TRUNK}
     trunk = {name: value for name, value in trunk.items() if value != getattr(base.backbone, name)}
     config = replace(config, backbone=replace(config.backbone, **trunk))
     for name, value in row.small.items():

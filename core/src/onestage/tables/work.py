@@ -23,16 +23,17 @@ from typing import Any
 import torch
 
 from onestage.builders import build_model
-from onestage.config import config_from_dict
-from onestage.data.coco import CocoDataset, locate
+from onestage.data.clips import ClipsDataset
+from onestage.data.coco import CocoDataset
 from onestage.data.synth import ShapesDataset
+from onestage.data.ytvis import FramePairs, VideoDataset
 from onestage.draw import Instances, draw
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, write_atomically
-from onestage.engine.evaluate import evaluate
+from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.train import Interrupted, TrainOptions, train
 from onestage.errors import UserError
-from onestage.tables.plan import Entry, Settings, data_folder, data_of, entry_of, methods_of, weights_of
+from onestage.tables.plan import Entry, Job, Settings, data_of, splits_of, weights_of
 from onestage.tables.record import file_digest, read_records, write_record
 
 NUM_PICTURES = 3  # images whose masks are shown side by side
@@ -42,45 +43,6 @@ TIMED, WARM_UP = 30, 3  # images whose latency is measured, and before them
 CURVE_POINTS = 60  # of a training curve in a record
 
 LOG = logging.getLogger("onestage")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one process does.
-
-    Args:
-        package: Import name.
-        seed: Of the training.
-        rows: (number of a table, name of a row), all with the same training.
-        settings: How.
-        output: Folder with `records`, `trainings` and `pictures`.
-        alone: No other job runs beside this one, so that latencies can be measured.
-        command: What the user typed, for the record.
-    """
-
-    package: str
-    seed: int
-    rows: tuple[tuple[str, str], ...]
-    settings: Settings
-    output: str
-    alone: bool = False
-    command: str = ""
-
-    def write(self, path: Path) -> None:
-        """To a file that `Job.read` reads."""
-        write_atomically(path, json.dumps(asdict(self), indent=1).encode())
-
-    @staticmethod
-    def read(path: Path) -> Job:
-        """What `write` wrote."""
-        return config_from_dict(Job, json.loads(path.read_text(encoding="utf-8")), str(path))
-
-    def entries(self) -> list[Entry]:
-        """Its rows, with their configurations and keys."""
-        (method,) = methods_of([self.package])
-        tables = {table.number: table for table in method.tables()}
-        found = [(tables[number], tables[number].row(name)) for number, name in self.rows]
-        return [entry_of(method, table, row, self.settings, self.seed) for table, row in found]
 
 
 @dataclass(frozen=True)
@@ -118,7 +80,7 @@ def work(job: Job) -> None:
         begin = time.perf_counter()
         config = replace(entry.config, num_classes=len(train_set.categories))
         if entry.row.measure is not None:
-            ours, pictures = dict(entry.row.measure(config, train_set, val_set)), {}
+            ours, pictures = dict(entry.row.measure(config, train_set, val_set)), dict[str, list[str]]()
         else:
             assert trained is not None
             ours, pictures = evaluated(entry, config, trained, train_set, val_set, job, device)
@@ -148,23 +110,31 @@ def work(job: Job) -> None:
 
 
 def open_data(entry: Entry, settings: Settings) -> tuple[Any, Any]:
-    """Training and validation data of an entry."""
+    """Training and validation data of an entry; of a model that follows objects, pairs of frames and videos."""
+    video, schedule = entry.method.is_video(entry.config), entry.config.schedule
+    train_set: Any
+    val_set: Any
     if settings.profile == "smoke":
-        counts = data_of(entry.table, settings)
-        return tuple(
-            ShapesDataset(counts[split], split=split, size=counts["size"], difficulty=settings.difficulty)
-            for split in ("train", "val")
+        size, (train, val) = data_of(entry.table, settings)["size"], settings.counts(entry.table.data)
+        if video:
+            clips = ClipsDataset(train, split="train", size=size)
+            return FramePairs(clips, min_size=0), ClipsDataset(val, split="val", size=size)
+        difficulty = settings.difficulty
+        return (
+            ShapesDataset(train, split="train", size=size, difficulty=difficulty),
+            ShapesDataset(val, split="val", size=size, difficulty=difficulty),
         )
-    schedule, polygons = entry.config.schedule, entry.method.polygons
-    found = []
-    for split, options in (
-        ("train", {"drop_empty": schedule.drop_empty, "min_size": schedule.min_size, "polygons": polygons}),
-        ("val", {}),
-    ):
-        place = locate(data_folder(settings), split)
-        dataset = CocoDataset(place.json, place.images, **options)
-        found.append(dataset if settings.limit is None else dataset.subset(range(min(settings.limit, len(dataset)))))
-    return found[0], found[1]
+    splits = splits_of(entry.table, settings)
+    train_at, val_at = splits["train"], splits["val"]
+    if video:
+        train_set, val_set = VideoDataset(train_at.json, train_at.images), VideoDataset(val_at.json, val_at.images)
+    else:
+        dropping = {"drop_empty": schedule.drop_empty, "min_size": schedule.min_size}
+        train_set = CocoDataset(train_at.json, train_at.images, polygons=entry.method.polygons, **dropping)
+        val_set = CocoDataset(val_at.json, val_at.images)
+    if settings.limit is not None:
+        train_set, val_set = (part.subset(range(min(settings.limit, len(part)))) for part in (train_set, val_set))
+    return FramePairs(train_set, min_size=schedule.min_size) if video else train_set, val_set
 
 
 def given(entry: Entry, settings: Settings) -> Trained:
@@ -242,18 +212,21 @@ def evaluated(
     if entry.row.finish and entry.method.finish is not None:
         entry.method.finish(model, train_set)
     model.eval()
-    with torch.no_grad():
-        masks = model.detect([val_set[0][0].to(device)])[0].masks is not None
-    metrics, _ = evaluate(
-        model,
-        val_set,
-        device=device,
-        precision=settings.precision,
-        workers=settings.workers or 0,
-        batch_size=10 if settings.profile == "smoke" else 1,
-        iou_types=("bbox", "segm") if masks else ("bbox",),
-        progress=job.alone,
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": settings.precision,
+        "workers": settings.workers or 0,
+        "batch_size": 10 if settings.profile == "smoke" else 1,
+        "progress": job.alone,
+    }
+    if entry.method.is_video(config):
+        masks = True
+        metrics, _ = evaluate_videos(model, val_set, **options)
+        metrics = {name.replace("segm/", "vis/"): value for name, value in metrics.items()}
+    else:
+        with torch.no_grad():
+            masks = model.detect([val_set[0][0].to(device)])[0].masks is not None
+        metrics, _ = evaluate(model, val_set, iou_types=("bbox", "segm") if masks else ("bbox",), **options)
     if settings.profile == "full":
         if "seconds" in trained.about:
             metrics["hours"] = trained.about["seconds"] / 3600
@@ -268,13 +241,21 @@ def evaluated(
 
 @torch.no_grad()
 def speed(model: Any, dataset: Any, device: torch.device) -> dict[str, float]:
-    """Median latency of an image, from pixels to masks in its own size; batch 1, reading the file not counted."""
+    """Median latency of an image, from pixels to masks in its own size; batch 1, reading the file not counted.
+
+    Of videos, of a frame of the first one, with the tracker's part.
+    """
     seconds = []
-    for index in range(min(TIMED + WARM_UP, len(dataset))):
-        image = dataset[index][0].to(device)
+    videos = hasattr(dataset, "videos")
+    tracker = model.tracker() if videos else None
+    number = dataset.videos[0].num_frames if videos else len(dataset)
+    for index in range(min(TIMED + WARM_UP, number)):
+        image = (dataset.frame(0, index) if videos else dataset[index][0]).to(device)
         _wait(device)
         begin = time.perf_counter()
-        model.detect([image])
+        (found,) = model.detect([image])
+        if tracker is not None:
+            tracker.update(found)
         _wait(device)
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds[WARM_UP:] or seconds)
@@ -283,13 +264,13 @@ def speed(model: Any, dataset: Any, device: torch.device) -> dict[str, float]:
 
 @torch.no_grad()
 def write_pictures(model: Any, entry: Entry, dataset: Any, folder: Path) -> dict[str, list[str]]:
-    """Draws what is found in the first images, and the truth; returns the file names of both."""
+    """Draws what is found in the first images, or amid the first videos, and the truth; returns both's file names."""
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     names = [name for _, name in dataset.categories]
     written: dict[str, list[str]] = {"found": [], "truth": []}
     for index in range(min(NUM_PICTURES, len(dataset))):
-        image, truth = dataset[index]
+        image, truth = _shown(dataset, index)
         found = model.detect([image.to(device)])[0].to("cpu")
         found = found[found.scores >= SHOWN_SCORE]
         target = Instances(truth.boxes, truth.labels, truth.masks.bool())
@@ -303,6 +284,14 @@ def write_pictures(model: Any, entry: Entry, dataset: Any, folder: Path) -> dict
             write_atomically(folder / name, content.getvalue())
             written[kind].append(name)
     return written
+
+
+def _shown(dataset: Any, index: int) -> tuple[Any, Any]:
+    """Image and target: of videos, the frame in the middle."""
+    if not hasattr(dataset, "videos"):
+        return dataset[index]
+    middle = dataset.videos[index].num_frames // 2
+    return dataset.frame(index, middle), dataset.target(index, middle)
 
 
 def loss_curve(journal: Path) -> list[tuple[int, float]]:
