@@ -11,7 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torchvision import ops
 
+from onestage.ops.dispatch import wants_triton
+
 Pair = tuple[int, int]
+
+KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Output cells per gather: the gathered columns of a chunk (256 channels, 9 taps: 9 MB) stay near the cache.
 CHUNK = 1024
@@ -41,9 +45,14 @@ def deform_conv2d(
         mask: [B, g * T, h, w] factor of each sample (DCNv2), or None.
 
     Returns:
-        [B, O, h, w] of the type of `x`; computed in float32 at least.
+        [B, O, h, w] of the type of `x`; samples and sums are float32 at least. On a GPU its order is channels-last,
+        half types are multiplied as such, and autocast casts `x` as that of any convolution.
     """
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    if x.dtype in KERNEL_TYPES and (wants_triton(x) or torch.compiler.is_compiling()):
+        if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        return _deform_op(x, offset, weight, bias, stride, padding, dilation, mask).permute(0, 3, 1, 2)
     # torchvision's op has no half types everywhere, and offsets lose their point in bf16: compute in float32.
     dtype = torch.promote_types(x.dtype, torch.float32)
     given = x.dtype
@@ -54,6 +63,82 @@ def deform_conv2d(
         if x.device.type == "cpu" and weight.shape[1] == x.shape[1]:
             return deform_conv2d_gather(x, offset, weight, bias, stride, padding, dilation, mask).to(given)
         return ops.deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask).to(given)
+
+
+@torch.library.custom_op(
+    "onestage::deform_conv2d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+    "Tensor? mask) -> Tensor",
+)
+def _deform_op(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> Tensor:
+    """[B, h, w, O]; a custom op, so that `torch.compile` and `torch.export` take it as it is."""
+    if wants_triton(x):
+        from onestage.ops.triton.deform import deform_conv2d_triton
+
+        out = deform_conv2d_triton(x, offset, weight, bias, stride, padding, dilation, mask)
+    else:
+        single = [None if tensor is None else tensor.float() for tensor in (x, offset, weight, bias)]
+        out = ops.deform_conv2d(*single, stride, padding, dilation, None if mask is None else mask.float()).to(x.dtype)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+@_deform_op.register_fake
+def _(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], offset.shape[2], offset.shape[3], weight.shape[0])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offset, weight, bias, *ctx.how, mask = inputs
+    ctx.save_for_backward(x, offset, weight, bias, mask)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """torchvision's backward, in float32."""
+    x, offset, weight, bias, mask = ctx.saved_tensors
+    stride, padding, dilation = ctx.how
+    num_taps = weight.shape[2] * weight.shape[3]
+    gradients = torch.ops.torchvision._deform_conv2d_backward(
+        upstream.permute(0, 3, 1, 2).float().contiguous(),
+        x.float().contiguous(),
+        weight.float().contiguous(),
+        offset.float().contiguous(),
+        x.new_zeros(len(x), 1, dtype=torch.float32) if mask is None else mask.float().contiguous(),
+        weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float(),
+        *stride,
+        *padding,
+        *dilation,
+        x.shape[1] // weight.shape[1],
+        offset.shape[1] // (2 * num_taps),
+        mask is not None,
+    )
+    for_x, for_weight, for_offset, for_mask, for_bias = (
+        gradient if like is None else gradient.to(like.dtype)
+        for gradient, like in zip(gradients, (x, weight, offset, mask, bias), strict=True)
+    )
+    for_bias, for_mask = None if bias is None else for_bias, None if mask is None else for_mask
+    return for_x, for_offset, for_weight, for_bias, None, None, None, for_mask
+
+
+_deform_op.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def deform_conv2d_gather(

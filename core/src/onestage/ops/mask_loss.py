@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onestage.ops.assemble import crop_window, region_splits
+from onestage.ops.dispatch import wants_triton
 
 PASS_PIXELS = 20_000  # what starting a pass costs, in pixels of one window
 BASIS_PIXELS = 3  # what reading the basis and adding to its gradient costs, likewise
 MAX_PIXELS = 1 << 21  # pixels of a pass; bounds memory
+KERNEL_DEPTH = 64  # basis maps that the kernels take
+
+Pass = tuple[Tensor, tuple[int, int, int, int]]  # members [n] int64, and the union of their windows
 
 
 def window_mask_loss(
@@ -53,9 +57,13 @@ def window_mask_loss(
     num_regions = grid[0] * grid[1]
     windows = _region_windows(boxes, crop_window(boxes, (basis.shape[1], basis.shape[2]), rule), grid)
     weights = coefficients.to(kind).reshape(len(boxes) * num_regions, len(basis))
-    with torch.autocast(basis.device.type, enabled=False):
-        owner = mask_index.repeat_interleave(num_regions)
-        losses, _ = _WindowLoss.apply(basis.to(kind), weights, windows, masks, owner, num_regions, None)
+    owner = mask_index[:, None].expand(-1, num_regions).flatten()
+    if len(basis) <= KERNEL_DEPTH and kind == torch.float32 and (wants_triton(basis) or torch.compiler.is_compiling()):
+        cells = basis.float().permute(1, 2, 0).contiguous()
+        losses, _ = _window_loss_op(cells, weights, windows, masks, owner)
+    else:
+        with torch.autocast(basis.device.type, enabled=False):
+            losses, _ = _WindowLoss.apply(basis.to(kind), weights, windows, masks, owner, num_regions, None)
     return losses.view(len(boxes), num_regions).sum(1)
 
 
@@ -108,6 +116,68 @@ def masks_on_grid(masks: Tensor, stride: int) -> Tensor:
     return (middle[:, :, low::stride] + middle[:, :, high::stride] > 2).to(torch.uint8)
 
 
+@torch.library.custom_op(
+    "onestage::window_loss",
+    mutates_args=(),
+    schema="(Tensor basis, Tensor weights, Tensor windows, Tensor masks, Tensor mask_index) -> (Tensor, Tensor)",
+)
+def _window_loss_op(
+    basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses [S] of windows, and their gradients for the weights [S, D] before the upstream factor.
+
+    basis [h, w, D], weights [S, D], windows [S, 4], masks [G, h, w], mask_index [S]; float32.
+    """
+    if wants_triton(basis):
+        from onestage.ops.triton.mask_loss import window_loss_triton
+
+        return window_loss_triton(basis, weights, windows, masks, mask_index)
+    maps = basis.permute(2, 0, 1)
+    losses, _, passes, slopes = _losses(maps, weights, windows, masks, mask_index, mask_index, None)
+    return losses, _gradients(torch.ones_like(losses), maps, weights, passes, slopes)[1]
+
+
+@_window_loss_op.register_fake
+def _(basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor) -> tuple[Tensor, Tensor]:
+    return weights.new_empty(len(weights)), weights.new_empty(weights.shape)
+
+
+@torch.library.custom_op(
+    "onestage::window_loss_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor basis, Tensor weights, Tensor windows, Tensor masks, Tensor mask_index) -> Tensor",
+)
+def _window_loss_backward_op(
+    upstream: Tensor, basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor
+) -> Tensor:
+    """Gradient [h, w, D] of sum(upstream * losses) for the basis."""
+    if wants_triton(basis):
+        from onestage.ops.triton.mask_loss import window_loss_backward_triton
+
+        return window_loss_backward_triton(upstream, basis, weights, windows, masks, mask_index)
+    maps = basis.permute(2, 0, 1)
+    _, _, passes, slopes = _losses(maps, weights, windows, masks, mask_index, mask_index, None)
+    return _gradients(upstream, maps, weights, passes, slopes)[0].permute(1, 2, 0).contiguous()
+
+
+@_window_loss_backward_op.register_fake
+def _(upstream: Tensor, basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor) -> Tensor:
+    return basis.new_empty(basis.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _pull_back(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, pull = ctx.saved_tensors
+    basis_gradient = _window_loss_backward_op(upstream, *inputs) if ctx.needs_input_grad[0] else None
+    return basis_gradient, pull * upstream[:, None], None, None, None
+
+
+_window_loss_op.register_autograd(_pull_back, setup_context=_keep_for_backward)
+
+
 class _WindowLoss(torch.autograd.Function):
     """basis [D, h, w], weights [S, D], windows [S, 4], masks [G, h, w], mask_index [S] to losses and counts [S]."""
 
@@ -123,23 +193,8 @@ class _WindowLoss(torch.autograd.Function):
         negatives: float | None,
     ) -> tuple[Tensor, Tensor]:
         regions = torch.arange(len(windows), device=windows.device) % num_regions
-        passes = _passes(windows, mask_index * num_regions + regions)
-        losses = weights.new_zeros(len(weights))
-        counts = (windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])
-        slopes = []
-        for members, (x0, y0, x1, y1) in passes:
-            pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
-            logits = (weights[members] @ pixels).view(-1, y1 - y0, x1 - x0)
-            # Cross-entropy is softplus of the logit with the sign turned where the mask is 1.
-            sign = 1 - 2 * masks[mask_index[members], y0:y1, x0:x1].to(logits.dtype)
-            wrong = logits.mul_(sign)
-            if len(members) > 1:
-                wrong.masked_fill_(_outside(windows[members], x0, y0, x1, y1), -torch.inf)
-            if negatives is not None:
-                counts[members] = _drop_easy(wrong.flatten(1), sign.flatten(1) < 0, negatives)
-            losses[members] = F.softplus(wrong).sum((1, 2))
-            slopes.append(wrong.sigmoid_().mul_(sign).flatten(1))
-        ctx.passes = passes
+        key = mask_index * num_regions + regions
+        losses, counts, ctx.passes, slopes = _losses(basis, weights, windows, masks, mask_index, key, negatives)
         ctx.save_for_backward(basis, weights, *slopes)
         ctx.mark_non_differentiable(counts)
         return losses, counts
@@ -148,15 +203,52 @@ class _WindowLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         basis, weights, *slopes = ctx.saved_tensors
-        basis_gradient, weights_gradient = torch.zeros_like(basis), torch.zeros_like(weights)
         with torch.autocast(basis.device.type, enabled=False):
-            for (members, (x0, y0, x1, y1)), slope in zip(ctx.passes, slopes, strict=True):
-                pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
-                scale = upstream[members, None]
-                weights_gradient[members] = (slope @ pixels.T) * scale
-                change = (weights[members] * scale).T @ slope
-                basis_gradient[:, y0:y1, x0:x1] += change.view(-1, y1 - y0, x1 - x0)
-        return basis_gradient, weights_gradient, None, None, None, None, None
+            gradients = _gradients(upstream, basis, weights, ctx.passes, slopes)
+        return (*gradients, None, None, None, None, None)
+
+
+def _losses(
+    basis: Tensor,
+    weights: Tensor,
+    windows: Tensor,
+    masks: Tensor,
+    mask_index: Tensor,
+    key: Tensor,
+    negatives: float | None,
+) -> tuple[Tensor, Tensor, list[Pass], list[Tensor]]:
+    """Losses [S], pixels they are over [S], the passes, and for each of them d loss / d logit [n, pixels]."""
+    passes = _passes(windows, key)
+    losses = weights.new_zeros(len(weights))
+    counts = (windows[:, 2] - windows[:, 0]) * (windows[:, 3] - windows[:, 1])
+    slopes = []
+    for members, (x0, y0, x1, y1) in passes:
+        pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
+        logits = (weights[members] @ pixels).view(-1, y1 - y0, x1 - x0)
+        # Cross-entropy is softplus of the logit with the sign turned where the mask is 1.
+        sign = 1 - 2 * masks[mask_index[members], y0:y1, x0:x1].to(logits.dtype)
+        wrong = logits.mul_(sign)
+        if len(members) > 1:
+            wrong.masked_fill_(_outside(windows[members], x0, y0, x1, y1), -torch.inf)
+        if negatives is not None:
+            counts[members] = _drop_easy(wrong.flatten(1), sign.flatten(1) < 0, negatives)
+        losses[members] = F.softplus(wrong).sum((1, 2))
+        slopes.append(wrong.sigmoid_().mul_(sign).flatten(1))
+    return losses, counts, passes, slopes
+
+
+def _gradients(
+    upstream: Tensor, basis: Tensor, weights: Tensor, passes: list[Pass], slopes: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of sum(upstream * losses) for the basis [D, h, w] and the weights [S, D]."""
+    basis_gradient, weights_gradient = torch.zeros_like(basis), torch.zeros_like(weights)
+    for (members, (x0, y0, x1, y1)), slope in zip(passes, slopes, strict=True):
+        pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
+        scale = upstream[members, None]
+        weights_gradient[members] = (slope @ pixels.T) * scale
+        change = (weights[members] * scale).T @ slope
+        basis_gradient[:, y0:y1, x0:x1] += change.view(-1, y1 - y0, x1 - x0)
+    return basis_gradient, weights_gradient
 
 
 def _drop_easy(wrong: Tensor, foreground: Tensor, negatives: float) -> Tensor:
@@ -194,7 +286,7 @@ def _region_windows(boxes: Tensor, windows: Tensor, grid: tuple[int, int]) -> Te
     return torch.stack((x0, y0, x1, y1), -1).view(-1, 4)
 
 
-def _passes(windows: Tensor, key: Tensor) -> list[tuple[Tensor, tuple[int, int, int, int]]]:
+def _passes(windows: Tensor, key: Tensor) -> list[Pass]:
     """Which windows share a pass: all of them, those of one key, or none; whatever costs least.
 
     Args:

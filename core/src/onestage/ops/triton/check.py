@@ -1,0 +1,124 @@
+"""Compiles every kernel for GPUs that need not be there and reads what it takes: `python -m onestage.ops.triton.check`.
+
+A module of this folder lists its kernels in `compile_cases()`. Each must compile for every target, keep everything in
+registers (no stack, no local memory) and take at most 128 of those. Not in the interpreter: an interpreted function
+cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import onestage.ops.triton
+from onestage.errors import MachineError
+from onestage.ops.dispatch import is_interpreted
+
+TARGETS = (90, 80)  # compute capabilities: Hopper, Ampere
+MAX_REGISTERS = 128
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A kernel in one configuration.
+
+    Args:
+        name: What tells it from the other configurations of this kernel.
+        kernel: A `triton.jit` function.
+        arguments: For every argument its type ("*fp32", "i32", "fp32", ...), or the value of a constexpr: anything that
+            is no string, None for a pointer that is absent. Pointers count as aligned to 16 bytes.
+        num_warps: As it is launched.
+        num_stages: Likewise, of loops that are pipelined.
+        max_registers: Of a thread; more than the usual where a matrix product accumulates in registers.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    max_registers: int = MAX_REGISTERS
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes of each thread: registers, and bytes of stack and local memory."""
+
+    registers: int
+    stack: int
+    local: int
+
+    def fits(self, case: KernelCase) -> bool:
+        """Whether that is what `case` may take, and nothing spills."""
+        return self.registers <= case.max_registers and self.stack == 0 and self.local == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help="modules of onestage.ops.triton (all)")
+    parser.add_argument("--targets", nargs="+", type=int, default=TARGETS, help="compute capabilities (90 80)")
+    arguments = parser.parse_args()
+    if is_interpreted():
+        raise MachineError("an interpreted kernel cannot be compiled", "unset TRITON_INTERPRET")
+    failed = 0
+    for module, cases in modules_with_kernels().items():
+        for case in cases if not arguments.modules or module in arguments.modules else ():
+            for target in arguments.targets:
+                taken = resources(case, target)
+                fits = taken.fits(case)
+                failed += not fits
+                kernel = case.kernel.__name__.strip("_")
+                used = f"{taken.registers} registers, {taken.stack} stack, {taken.local} local"
+                verdict = "" if fits else "  TOO MUCH"
+                print(f"{module:10}{kernel:18}{case.name:26}sm_{target:<4}{used}{verdict}", flush=True)
+    return 1 if failed else 0
+
+
+def modules_with_kernels() -> dict[str, list[KernelCase]]:
+    """The modules beside this one and their kernels' configurations."""
+    names = [module.name for module in pkgutil.iter_modules(onestage.ops.triton.__path__)]
+    modules = {name: importlib.import_module(f"onestage.ops.triton.{name}") for name in names if name != "check"}
+    return {name: module.compile_cases() for name, module in modules.items()}
+
+
+def resources(case: KernelCase, target: int) -> Resources:
+    """Compiles a kernel for compute capability `target`; an error of the compiler travels."""
+    arguments = case.arguments
+    assert list(arguments) == case.kernel.arg_names, f"{case.kernel.__name__} has {case.kernel.arg_names}"
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: value if isinstance(value, str) else "constexpr" for name, value in arguments.items()},
+        constexprs={name: value for name, value in arguments.items() if not isinstance(value, str)},
+        attrs={
+            (position,): [["tt.divisibility", 16]]
+            for position, value in enumerate(arguments.values())
+            if isinstance(value, str) and value.startswith("*")
+        },
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        listing = subprocess.run(
+            [reader, "--dump-resource-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    return Resources(found["REG"], found["STACK"], found["LOCAL"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
