@@ -55,10 +55,10 @@ class FrameSource:
         size: tuple[int, ...] | None = None
         frames = _images_of(self) if self.kind == "folder" else _decoded(self)
         for number, (name, frame) in enumerate(frames):
-            if size not in (None, tuple(frame.shape[1:])):
+            if size is not None and size != tuple(frame.shape[1:]):
                 raise DatasetError(
                     f"frame {name} of '{self.name}' is {frame.shape[1]} x {frame.shape[2]} px, those before "
-                    f"{number} are {size[0]} x {size[1]}",  # type: ignore[index]
+                    f"{number} are {size[0]} x {size[1]}",
                     "give frames of one size (height x width)",
                 )
             size = tuple(frame.shape[1:])

@@ -280,11 +280,12 @@ def _clip(stream: tuple[int, int], number: int, size: int, num_frames: int, clas
         there, here = moves(random, time, size, first, second)
         paths += [(there, first, label), (here, second, alike)]
     order = random.permutation(len(paths))
-    movers = [_mover(random, *paths[i], backdrop) for i in order]
+    movers = [_mover(random, paths[i], backdrop) for i in order]
     return _Clip(ground, tuple(movers))
 
 
-def _mover(random: np.random.Generator, path: np.ndarray, extent: float, label: int, backdrop: np.ndarray) -> _Mover:
+def _mover(random: np.random.Generator, way: tuple[np.ndarray, float, int], backdrop: np.ndarray) -> _Mover:
+    path, extent, label = way
     parts, width, height = placed(random, SHAPES[NAMES[label]], extent, stretch=1.15)
     pattern = surface(random, (height + 1 + 2 * MARGIN, width + 1 + 2 * MARGIN))
     return _Mover(parts, (width, height), path, color_unlike(random, backdrop, 0.4), pattern, label)

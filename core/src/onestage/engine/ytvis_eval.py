@@ -131,7 +131,8 @@ def evaluate_tracks(
     per_class: bool = False,
 ) -> dict[str, float]:
     """AP, AR and identity switches of results that are known to be sound; as in `VideoEvaluator.summarize`."""
-    annotations, videos = [], []
+    annotations: list[dict[str, Any]] = []
+    videos: list[dict[str, Any]] = []
     for index, video in enumerate(dataset.videos):
         videos.append({"id": video.id, "height": video.size[0], "width": video.size[1]})
         for track in dataset.tracks(index):
