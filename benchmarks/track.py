@@ -20,16 +20,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import ROOT, write_record
 from torch import nn
 
 from onestage.data.clips import ClipsDataset
 from onestage.engine.predict import Predictor
+from onestage.tables.record import write_record
 from sipmask.config import VIDEO, VIDEO_SMALL, SipMaskConfig
 from sipmask.follow import TrackFiles, follow
 from sipmask.frames import VideoWriter, open_source
 from sipmask.method import METHOD
 
+RESULTS = Path(__file__).parent / "results"
 HEIGHT, WIDTH = 360, 640
 WARM_UP = 3  # frames
 PAGE = 4096  # bytes
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, help="default: 40 for speed, 10000 for memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/results"), help="'' writes no record")
+    parser.add_argument("--output", default=str(RESULTS), help="'' writes no record")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     if flags.what == "speed":
