@@ -34,6 +34,9 @@ def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 PACKED = {
+    "core": {
+        "sipmask_ytvis_eval": without(),
+    },
     "meinst": {
         "meinst_rasterize": without(),
         "meinst_codec": cases("whiten1_sigmoid1", of=tuple(f"whiten{w}_sigmoid{s}" for w in (0, 1) for s in (0, 1))),
@@ -49,6 +52,7 @@ PACKED = {
         "sipmask_head_ssd2": without(),
         "sipmask_infer": only("ssd2"),
         "sipmask_loss": only("ssd2"),
+        "sipmask_vis_track": without(),
     },
 }
 

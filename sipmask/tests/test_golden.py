@@ -6,13 +6,17 @@ models cover: `gn4` (high accuracy), `ssd2` (real time), `ssdpp2` (mask re-scori
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from onestage.boxes import from_legacy
 from onestage.engine.official import rename
+from onestage.engine.ytvis_eval import track_results
+from onestage.masks import Masks
 from onestage.nn import fcos
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
 from onestage.ops.mask_loss import window_mask_loss
@@ -370,24 +374,53 @@ def test_video_frames(golden):
             assert (mask & wanted).sum() >= 0.99 * (mask | wanted).sum()
 
 
-@pytest.mark.parametrize("sequence", ["main", "first_frame_empty", "random"])
-def test_association(golden, sequence):
-    memory = None
-    for frame in golden("sipmask_vis_track")[sequence]["frames"]:
-        boxes = from_legacy(frame["boxes"])
-        embeddings = frame["embeddings"].reshape(len(boxes), 512)
-        found = Detections((1000, 1000), boxes, frame["scores"], frame["labels"], embeddings=embeddings)
-        if memory is None or frame["is_first"]:
-            memory = Memory.empty(found)
-        result = associate(memory, found, PUBLISHED_ASSOCIATION)
-        memory = result.memory
-        assert torch.equal(result.track_ids, frame["ids"])
-        if frame["comp_scores"].numel():
-            assert_close(result.scores, frame["comp_scores"], atol=1e-3, rtol=0)
-        assert memory.track_ids.tolist() == list(range(len(frame["memory_labels"])))
-        assert_close(memory.boxes, from_legacy(frame["memory_boxes"][:, :4]))
-        assert torch.equal(memory.labels, frame["memory_labels"])
-        assert_close(memory.embeddings.sum(1), frame["memory_feat_sum"], atol=1e-3, rtol=1e-4)
+def test_association(golden):
+    for name, sequence in golden("sipmask_vis_track").items():
+        memory = None
+        for number, frame in enumerate(sequence["frames"]):
+            found = _of_the_sequence(frame, tuple(sequence["hw"]))
+            if memory is None or frame["is_first"]:
+                memory = Memory.empty(found)
+            result = associate(memory, found, PUBLISHED_ASSOCIATION)
+            memory, where = result.memory, f"{name}, frame {number}"
+            assert torch.equal(result.track_ids, frame["ids"]), where
+            if frame["comp_scores"].numel():
+                assert_close(result.scores, frame["comp_scores"], atol=1e-3, rtol=0, msg=lambda m, w=where: f"{w}: {m}")
+            assert memory.track_ids.tolist() == list(range(len(frame["memory_labels"]))), where
+            assert_close(memory.boxes, from_legacy(frame["memory_boxes"][:, :4]))
+            assert torch.equal(memory.labels, frame["memory_labels"]), where
+            assert_close(memory.embeddings.sum(1), frame["memory_feat_sum"], atol=1e-3, rtol=1e-4)
+
+
+def test_results_of_the_sequences(golden):
+    """Scores, categories and frames of every track; masks are compared by their boxes, as theirs are ellipses."""
+    for name, sequence in golden("sipmask_vis_track").items():
+        tracker, size = Tracker(PUBLISHED_ASSOCIATION), tuple(sequence["hw"])
+        videos: list[list[Detections]] = []
+        for frame in sequence["frames"]:
+            if frame["is_first"]:
+                tracker.reset()
+                videos.append([])
+            videos[-1].append(tracker.update(_of_the_sequence(frame, size)))
+        ours = [entry for i, found in enumerate(videos) for entry in track_results(i + 1, found, range(1, 100))]
+        assert len(ours) == len(sequence["json"]) > 0, name
+        for one, expected in zip(ours, sequence["json"], strict=True):
+            assert (one["video_id"], one["category_id"]) == (expected["video_id"], expected["category_id"]), name
+            assert one["score"] == pytest.approx(expected["score"], abs=1e-6)
+            for mask, wanted in zip(one["segmentations"], expected["segmentations"], strict=True):
+                assert (mask is None) == (wanted is None), name
+                if mask is not None:
+                    assert np.abs(coco_mask.toBbox(mask) - coco_mask.toBbox(wanted)).max() <= 3
+
+
+def _of_the_sequence(frame, size):
+    """What was found in a frame, with full boxes as masks."""
+    boxes = from_legacy(frame["boxes"])
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.round().long().clamp(min=0).tolist(), strict=True):
+        mask[top:bottom, left:right] = True
+    embeddings = frame["embeddings"].reshape(len(boxes), -1 if len(boxes) else VIDEO.track_channels)
+    return Detections(size, boxes, frame["scores"], frame["labels"], Masks.from_bool(masks), embeddings=embeddings)
 
 
 def _video_head(case, train=False):

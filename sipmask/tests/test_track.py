@@ -1,11 +1,12 @@
 """`python -m sipmask.track` and `follow`: sources, what is left on disk, interruption, memory."""
 
+import gc
 import itertools
 import json
 import os
-import resource
 import signal
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_a_frame_that_breaks_keeps_those_before(here, frames, weights, capsys):
 
 
 def test_memory_does_not_grow_with_the_video(tmp_path, weights):
-    """400 frames with new objects all the time: the tracker's memory is bounded and the process stays as it is."""
+    """120 frames with new objects all the time: as many bytes in tensors and in Python as after twenty."""
     predictor = Predictor.from_weights(weights, score_threshold=0.0)
     clips = ClipsDataset(10, size=SIZE, num_frames=2)
     images = [clips.frame(index, number) for index in range(10) for number in range(2)]
@@ -217,14 +218,20 @@ def test_memory_does_not_grow_with_the_video(tmp_path, weights):
     trackers = []
     make = predictor.model.tracker
     predictor.model.tracker = lambda **limits: trackers.append(make(**limits)) or trackers[-1]
-    peaks = []
-    for frame in follow(itertools.cycle(images), predictor, max_age=5, max_tracks=8, limit=400):
+    held = []
+    tracemalloc.start()
+    for frame in follow(itertools.cycle(images), predictor, max_age=5, max_tracks=8, limit=121):
         files.add(frame)
         assert len(trackers[0].memory) <= 8
-        if frame.number in (100, 399):
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    files.finish({})
-    assert peaks[1] - peaks[0] < 20  # MiB
+        if frame.number in (20, 120):  # the same picture
+            gc.collect()
+            tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+            held.append((sum(one.nbytes for one in tensors), tracemalloc.get_traced_memory()[0]))
+    tracemalloc.stop()
+    assert files.finish({}) > 8
+    (tensors, python), (tensors_later, python_later) = held
+    assert abs(tensors_later - tensors) < 20_000  # two frames are 24 576
+    assert python_later - python < 40_000  # a line of JSON for each object would be 80 000
 
 
 def test_tracks_on_disk_are_those_in_memory_whatever_their_order(tmp_path):
