@@ -393,7 +393,12 @@ def test_association(golden):
 
 
 def test_results_of_the_sequences(golden):
-    """Scores, categories and frames of every track; masks are compared by their boxes, as theirs are ellipses."""
+    """Scores, categories and frames of every track; masks are compared by their boxes, as theirs are ellipses.
+
+    On the CPU the released code overwrites the scores of a video's first frame with detections by later ones, as its
+    memory is the same tensor. Scores of tracks that begin there are not compared.
+    """
+    compared = 0
     for name, sequence in golden("sipmask_vis_track").items():
         tracker, size = Tracker(PUBLISHED_ASSOCIATION), tuple(sequence["hw"])
         videos: list[list[Detections]] = []
@@ -404,13 +409,17 @@ def test_results_of_the_sequences(golden):
             videos[-1].append(tracker.update(_of_the_sequence(frame, size)))
         ours = [entry for i, found in enumerate(videos) for entry in track_results(i + 1, found, range(1, 100))]
         assert len(ours) == len(sequence["json"]) > 0, name
+        begin = [next(number for number, found in enumerate(video) if len(found)) for video in videos]
         for one, expected in zip(ours, sequence["json"], strict=True):
             assert (one["video_id"], one["category_id"]) == (expected["video_id"], expected["category_id"]), name
-            assert one["score"] == pytest.approx(expected["score"], abs=1e-6)
+            if expected["segmentations"][begin[one["video_id"] - 1]] is None:
+                assert one["score"] == pytest.approx(expected["score"], abs=1e-6)
+                compared += 1
             for mask, wanted in zip(one["segmentations"], expected["segmentations"], strict=True):
                 assert (mask is None) == (wanted is None), name
                 if mask is not None:
                     assert np.abs(coco_mask.toBbox(mask) - coco_mask.toBbox(wanted)).max() <= 3
+    assert compared
 
 
 def _of_the_sequence(frame, size):

@@ -38,7 +38,7 @@ def test_training_on_clips_ends_with_weights_that_eval_takes(here):
     assert trained["steps"] == 2
     assert {"segm/AP", "segm/AP50", "segm/AR10", "identity_switches"} <= trained.keys()
     rows = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
-    assert "loss_match" in rows[0]
+    assert any("loss_match" in row for row in rows)
 
     scored = run("eval", "--data", "clips", "--weights", "run/best.safetensors", "--per-class", "--output", "scored")
     assert scored["videos"] == 2
