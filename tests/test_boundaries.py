@@ -36,6 +36,8 @@ EXCEPTIONS = {
     ("nn/imagenet.py", "onestage.engine.checkpoint"),  # the one module that opens weights files
     ("cli/train.py", "onestage.nn.imagenet"),  # --weights-backbone
     ("tables/__main__.py", "onestage.cli.tables"),  # the command of this folder's name
+    ("masks.py", "onestage.ops.packed"),  # the forms of masks, on tensors: these ops know nothing of `Masks`
+    ("masks.py", "onestage.ops.runs"),
 }
 
 

@@ -1,13 +1,15 @@
 """`Masks`: N instance masks of one image, kept as the pixels of N box windows.
 
 Dense [N, H, W] masks cost most of the time and memory of mask post-processing, so they exist only on request. A window
-holds its pixels column by column, the order of COCO run lengths; outside its window a mask is zero.
+holds its pixels column by column, the order of COCO run lengths; outside its window a mask is zero. The pixels come
+from the CPU path as bool and from kernels packed into words, whose number the host need not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from onestage.errors import DatasetError
+from onestage.ops.packed import dense_masks, num_words, pack_windows, place_windows, unpack_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,18 +29,20 @@ class Masks:
         size: (height, width) of the image, pixels.
         windows: [N, 4] int64 x0, y0, x1, y1 in image pixels, half-open, inside the image; x0 == x1 or y0 == y1 where
             a mask has no window.
-        pixels: [sum of window areas] bool, the windows one after the other, each column by column ([x][y]).
+        stored: The windows one after the other, each column by column ([x][y]): [sum of window areas] bool, or packed,
+            [the windows' words or more] int32 as `onestage.ops.packed` says. The host waits for packed masks on a GPU
+            when they are asked for another form than `to_bool`, and not before.
     """
 
     size: tuple[int, int]
     windows: Tensor
-    pixels: Tensor
+    stored: Tensor
 
     def __post_init__(self) -> None:
         assert self.windows.shape[1:] == (4,)
         assert self.windows.dtype == torch.int64
-        assert self.pixels.ndim == 1
-        assert self.pixels.dtype == torch.bool
+        assert self.stored.ndim == 1
+        assert self.stored.dtype in (torch.bool, torch.int32)
 
     @staticmethod
     def empty(size: tuple[int, int], device: torch.device | str = "cpu") -> Masks:
@@ -101,13 +106,28 @@ class Masks:
         if isinstance(keep, int):
             keep = torch.tensor([keep])
         index = torch.arange(len(self))[keep.cpu() if isinstance(keep, Tensor) else keep].tolist()
-        offsets = self.offsets.tolist()
-        parts = [self.pixels[offsets[i] : offsets[i + 1]] for i in index]
-        return Masks(self.size, self.windows[index], torch.cat(parts) if parts else self.pixels[:0])
+        lengths = num_words(self.windows) if self.is_packed else _areas(self.windows)
+        parts = self.stored[: int(lengths.sum())].split(lengths.tolist()) if len(self) else ()
+        chosen = [parts[i] for i in index]
+        return Masks(self.size, self.windows[index], torch.cat(chosen) if chosen else self.stored[:0])
 
     @property
     def device(self) -> torch.device:
-        return self.pixels.device
+        return self.stored.device
+
+    @property
+    def is_packed(self) -> bool:
+        return self.stored.dtype == torch.int32
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """[sum of window areas] bool, the windows one after the other, each column by column."""
+        return unpack_windows(self.windows, self.stored) if self.is_packed else self.stored
+
+    @cached_property
+    def words(self) -> Tensor:
+        """[the windows' words or more] int32, the packed pixels (`onestage.ops.packed`)."""
+        return self.stored if self.is_packed else pack_windows(self.windows, self.stored)
 
     @property
     def offsets(self) -> Tensor:
@@ -116,7 +136,7 @@ class Masks:
         return torch.cat((areas.new_zeros(1), areas.cumsum(0)))
 
     def to(self, device: torch.device | str) -> Masks:
-        return Masks(self.size, self.windows.to(device), self.pixels.to(device))
+        return Masks(self.size, self.windows.to(device), self.stored.to(device))
 
     def area(self) -> Tensor:
         """[N] int64, pixels of each mask."""
@@ -125,10 +145,9 @@ class Masks:
 
     def to_bool(self) -> Tensor:
         """[N, H, W] bool, the dense form."""
-        dense = torch.zeros(len(self), *self.size, dtype=torch.bool, device=self.device)
-        for mask, columns, (x0, y0, x1, y1) in zip(dense, self._columns(), self.windows.tolist(), strict=True):
-            mask[y0:y1, x0:x1] = columns.T
-        return dense
+        if self.is_packed:
+            return dense_masks(self.windows, self.stored, self.size)
+        return place_windows(self.windows, self.stored, self.size)
 
     def to_bits(self) -> Tensor:
         """[ceil(len(pixels) / 8)] uint8: `pixels` packed, lowest bit first. `from_bits` is the way back."""

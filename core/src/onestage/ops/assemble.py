@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onestage.masks import Masks
-from onestage.ops.dispatch import refuse_forced_kernel
+from onestage.ops.dispatch import wants_triton
+from onestage.ops.packed import pack_windows, word_capacity
 
 Size = tuple[int, int]
 
@@ -105,22 +106,52 @@ def assemble_masks(
     Returns:
         N masks of `output_size`.
     """
-    refuse_forced_kernel("assemble")
+    how: dict[str, Any] = {
+        "grid": grid,
+        "upsample": upsample,
+        "order": order,
+        "threshold": threshold,
+        "valid_size": valid_size,
+        "resized_size": resized_size,
+        "output_size": output_size,
+        "align_corners": align_corners,
+    }
+    if wants_triton(basis) or torch.compiler.is_compiling():
+        return Masks(output_size, *_assemble_op(basis, coefficients, windows, boxes, **how))
     with torch.autocast(basis.device.type, enabled=False):
-        return assemble_masks_torch(
-            basis,
-            coefficients,
-            windows,
-            boxes=boxes,
-            grid=grid,
-            upsample=upsample,
-            order=order,
-            threshold=threshold,
-            valid_size=valid_size,
-            resized_size=resized_size,
-            output_size=output_size,
-            align_corners=align_corners,
-        )
+        return assemble_masks_torch(basis, coefficients, windows, boxes=boxes, **how)
+
+
+@torch.library.custom_op(
+    "onestage::assemble_masks",
+    mutates_args=(),
+    schema="(Tensor basis, Tensor coefficients, Tensor windows, Tensor? boxes, *, int[] grid, int upsample, str order, "
+    "float threshold, int[]? valid_size, int[]? resized_size, int[] output_size, bool align_corners) "
+    "-> (Tensor, Tensor)",
+)
+def _assemble_op(
+    basis: Tensor, coefficients: Tensor, windows: Tensor, boxes: Tensor | None, **how: Any
+) -> tuple[Tensor, Tensor]:
+    """Windows [N, 4] in the image and words of the masks, with room for N whole images: what `Masks` is made of.
+
+    A custom op, so that `torch.compile` and `torch.export` take it as it is, on any device.
+    """
+    how = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
+    if wants_triton(basis):
+        from onestage.ops.triton.assemble import assemble_masks_triton
+
+        return assemble_masks_triton(basis, coefficients, windows, boxes=boxes, **how)
+    with torch.autocast(basis.device.type, enabled=False):
+        masks = assemble_masks_torch(basis, coefficients, windows, boxes=boxes, **how)
+    return masks.windows, pack_windows(masks.windows, masks.pixels, word_capacity(len(masks), masks.size))
+
+
+@_assemble_op.register_fake
+def _(
+    basis: Tensor, coefficients: Tensor, windows: Tensor, boxes: Tensor | None, *, output_size: Size, **how: Any
+) -> tuple[Tensor, Tensor]:
+    words = windows.new_empty(word_capacity(len(windows), output_size), dtype=torch.int32)
+    return windows.new_empty(len(windows), 4, dtype=torch.int64), words
 
 
 @torch.no_grad()
@@ -154,9 +185,9 @@ def assemble_masks_torch(
     resized_size = output_size if resized_size is None else resized_size
     axes = []
     for axis in (0, 1):
-        up = _resize_taps(basis.shape[1 + axis], up_size[axis], False, windows.device)
+        up = resize_taps(basis.shape[1 + axis], up_size[axis], False, windows.device)
         valid = up_size[axis] if valid_size is None else valid_size[axis]
-        out = _resize_taps(valid, resized_size[axis], align_corners, windows.device).first(output_size[axis])
+        out = resize_taps(valid, resized_size[axis], align_corners, windows.device).first(output_size[axis])
         start, stop = windows[:, 1 - axis], windows[:, 3 - axis]
         if order == "prob":
             stop = stop.clamp(max=valid)
@@ -212,7 +243,7 @@ def assemble_soft(
     soft = basis.new_zeros(len(windows), basis.shape[1] * upsample, basis.shape[2] * upsample, dtype=torch.float32)
     cells = []
     for axis in (0, 1):
-        up = _resize_taps(basis.shape[1 + axis], soft.shape[1 + axis], False, windows.device)
+        up = resize_taps(basis.shape[1 + axis], soft.shape[1 + axis], False, windows.device)
         cells.append(_plan_axis(up, windows[:, 1 - axis], windows[:, 3 - axis], region_splits(boxes, axis, grid[axis])))
     maps = _window_logits(basis.float(), coefficients.float(), cells[0], cells[1], grid, upsample)
     with torch.autocast(basis.device.type, enabled=False):
@@ -265,7 +296,7 @@ class _Plan:
         return torch.embedding_bag(values, index.flatten(), bags, False, 0, False, weight.flatten())[0]
 
 
-def _resize_taps(source: int, target: int, align_corners: bool, device: torch.device) -> _Taps:
+def resize_taps(source: int, target: int, align_corners: bool, device: torch.device) -> _Taps:
     """The taps of `F.interpolate(size=target)` in float32."""
     position = torch.arange(target, dtype=torch.float32, device=device)
     if align_corners:

@@ -1,0 +1,133 @@
+"""Which tiles and which packed words belong to which window: the plan that every ragged kernel starts from.
+
+The sizes of N windows are known on the device only. So a kernel is launched with a fixed number of programs, and each
+walks over the tiles of all windows: tile t belongs to the first window whose `tile_ends` lies beyond t. Outputs have
+the size of the worst case, every window as large as the image, and only what belongs to a window is written: packed
+words cost an eighth of a byte for each pixel of N images (13 MB for 100 masks of 800 x 1333), whatever the windows are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onestage.ops.dispatch import is_interpreted
+from onestage.ops.triton.check import KernelCase
+
+TILE_ROWS = 32  # a packed word holds 32 pixels of a column
+TILE_COLUMNS = 64
+PLAN_BLOCK = 128  # windows that the planning program takes at a time
+PROGRAMS_PER_SM = 4
+
+
+def plan_windows(windows: Tensor) -> Tensor:
+    """Where the tiles and words of each window end.
+
+    Args:
+        windows: [N, 4] int64 x0, y0, x1, y1, half-open, pixels.
+
+    Returns:
+        [2, N] int64: ends of the tiles and ends of the packed words, counted over all windows.
+    """
+    ends = torch.empty(2, len(windows), dtype=torch.int64, device=windows.device)
+    if len(windows) > 0:
+        _windows_kernel[(1,)](windows.contiguous(), ends, len(windows), PLAN_BLOCK, TILE_ROWS, TILE_COLUMNS)
+    return ends
+
+
+def num_programs(device: torch.device, bound: int) -> int:
+    """How many persistent programs to launch for at most `bound` tiles."""
+    if is_interpreted():
+        return min(bound, 3)  # few: a program is slow, and loops that go round are what tests are for
+    return min(bound, PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tile_bound(count: int, size: tuple[int, int]) -> int:
+    """Tiles of `count` windows as large as the image."""
+    return count * triton.cdiv(size[0], TILE_ROWS) * triton.cdiv(size[1], TILE_COLUMNS)
+
+
+def word_capacity(count: int, size: tuple[int, int]) -> int:
+    """Packed words of `count` windows as large as the image."""
+    return count * size[1] * triton.cdiv(size[0], TILE_ROWS)
+
+
+def padded_count(count: int) -> int:
+    """Lanes that look up the owner of a tile: a power of two, so that few sizes are compiled."""
+    return max(128, triton.next_power_of_2(count))
+
+
+@triton.jit
+def _windows_kernel(windows_ptr, ends_ptr, N, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    tiles_before = tl.zeros((), tl.int64)
+    words_before = tl.zeros((), tl.int64)
+    first = 0
+    while first < N:
+        n = first + tl.arange(0, BLOCK)
+        live = n < N
+        x0 = tl.load(windows_ptr + n * 4, mask=live, other=0)
+        y0 = tl.load(windows_ptr + n * 4 + 1, mask=live, other=0)
+        x1 = tl.load(windows_ptr + n * 4 + 2, mask=live, other=0)
+        y1 = tl.load(windows_ptr + n * 4 + 3, mask=live, other=0)
+        tiles_before, words_before = store_ends(
+            ends_ptr, n, live, y1 - y0, x1 - x0, tiles_before, words_before, N, TILE_ROWS, TILE_COLUMNS
+        )
+        first += BLOCK
+
+
+@triton.jit
+def store_ends(
+    ends_ptr, n, live, height, width, tiles_before, words_before, N, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
+):
+    """Writes the ends of a block of windows; the tiles and words up to and with this block."""
+    words_per_column = (height.to(tl.int64) + TILE_ROWS - 1) // TILE_ROWS
+    tiles = words_per_column * ((width.to(tl.int64) + TILE_COLUMNS - 1) // TILE_COLUMNS)
+    words = words_per_column * width
+    tl.store(ends_ptr + n, tiles_before + tl.cumsum(tiles, 0), mask=live)
+    tl.store(ends_ptr + N + n, words_before + tl.cumsum(words, 0), mask=live)
+    return tiles_before + tl.sum(tiles, 0), words_before + tl.sum(words, 0)
+
+
+@triton.jit
+def tile_ends_of(ends_ptr, N, LANES: tl.constexpr):
+    """[LANES] int64 ends of the windows' tiles; the largest value beyond the last window."""
+    lane = tl.arange(0, LANES)
+    return tl.load(ends_ptr + lane, mask=lane < N, other=9223372036854775807)
+
+
+@triton.jit
+def owner_of_tile(tile_ends, tile):
+    """The window that `tile` belongs to, and the number of the tile in it."""
+    before = tile_ends <= tile
+    n = tl.sum(before.to(tl.int32), 0)
+    return n, (tile - tl.max(tl.where(before, tile_ends, 0), 0)).to(tl.int32)
+
+
+@triton.jit
+def store_words(words_ptr, bits, column, live, words_per_column, word):
+    """Packs the rows of a tile of bits and stores them as word `word` of each column.
+
+    Args:
+        words_ptr: First word of the window.
+        bits: [32, columns] bool.
+        column: [columns], counted from the window's first.
+        live: [columns] bool, which columns the window has.
+    """
+    row = tl.arange(0, 32)
+    packed = tl.sum(bits.to(tl.int32) << row[:, None], 0)
+    tl.store(words_ptr + column.to(tl.int64) * words_per_column + word, packed, mask=live)
+
+
+def compile_cases() -> list[KernelCase]:
+    """What the compile check compiles."""
+    arguments = {
+        "windows_ptr": "*i64",
+        "ends_ptr": "*i64",
+        "N": "i32",
+        "BLOCK": PLAN_BLOCK,
+        "TILE_ROWS": TILE_ROWS,
+        "TILE_COLUMNS": TILE_COLUMNS,
+    }
+    return [KernelCase("windows", _windows_kernel, arguments)]
