@@ -19,6 +19,7 @@ from torch import Tensor
 
 from onestage.errors import DatasetError
 from onestage.ops.packed import dense_masks, num_words, pack_windows, place_windows, unpack_windows
+from onestage.ops.runs import split_changes, window_changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +162,15 @@ class Masks:
         Byte for byte what pycocotools makes of the dense masks, without making those.
         """
         height, width = self.size
-        masks = self.to("cpu")
-        runs = [
-            {"size": [height, width], "counts": _counts(columns.numpy(), x0, y0, self.size)}
-            for columns, (x0, y0, _, _) in zip(masks._columns(), masks.windows.tolist(), strict=True)
-        ]
+        if self.is_packed:
+            changes = split_changes(self.windows, self.stored, self.size)
+        else:
+            masks = self.to("cpu")
+            changes = [
+                window_changes(columns.numpy(), x0, y0, height)
+                for columns, (x0, y0, _, _) in zip(masks._columns(), masks.windows.tolist(), strict=True)
+            ]
+        runs = [{"size": [height, width], "counts": _counts(of_mask, height * width)} for of_mask in changes]
         rles = coco_mask.frPyObjects(runs, height, width) if runs else []
         return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in rles]
 
@@ -262,24 +267,10 @@ def _window_of_runs(runs: np.ndarray, height: int) -> tuple[list[int], np.ndarra
     return [x0, y0, x1, y1], pixels[:, y0:y1].reshape(-1)
 
 
-def _counts(columns: np.ndarray, x0: int, y0: int, size: tuple[int, int]) -> np.ndarray:
-    """Run lengths over the whole image of one window.
-
-    Args:
-        columns: [x1 - x0, y1 - y0] bool.
-    """
-    height, width = size
-    num_columns, num_rows = columns.shape
-    # A guard row of zeros ends every run with its column, and the leading zero starts the first.
-    guarded = np.zeros(num_columns * (num_rows + 1) + 1, dtype=bool)
-    guarded[1:].reshape(num_columns, num_rows + 1)[:, :num_rows] = columns
-    column, row = np.divmod(np.flatnonzero(guarded[1:] != guarded[:-1]), num_rows + 1)
-    changes = (column + x0) * height + row + y0
-    if num_rows == height:
-        touching = np.flatnonzero(changes[1:-1:2] == changes[2::2]) * 2 + 1
-        changes = np.delete(changes, np.concatenate((touching, touching + 1)))
-    if not len(changes) or changes[-1] != height * width:
-        changes = np.append(changes, height * width)
+def _counts(changes: np.ndarray, num_pixels: int) -> np.ndarray:
+    """Run lengths over the whole image of a mask, from where it changes."""
+    if not len(changes) or changes[-1] != num_pixels:
+        changes = np.append(changes, num_pixels)
     return np.diff(changes, prepend=0)
 
 

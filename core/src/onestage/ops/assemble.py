@@ -150,8 +150,8 @@ def _assemble_op(
 def _(
     basis: Tensor, coefficients: Tensor, windows: Tensor, boxes: Tensor | None, *, output_size: Size, **how: Any
 ) -> tuple[Tensor, Tensor]:
-    words = windows.new_empty(word_capacity(len(windows), output_size), dtype=torch.int32)
-    return windows.new_empty(len(windows), 4, dtype=torch.int64), words
+    words = windows.new_empty(word_capacity(windows.shape[0], output_size), dtype=torch.int32)
+    return windows.new_empty(windows.shape[0], 4, dtype=torch.int64), words
 
 
 @torch.no_grad()
@@ -240,15 +240,55 @@ def assemble_soft(
     Returns:
         [N, h * upsample, w * upsample] float32 in [0, 1], 0 outside the windows. Carries no gradient.
     """
+    if wants_triton(basis) or torch.compiler.is_compiling():
+        return _soft_op(basis, coefficients, windows, boxes, grid=grid, upsample=upsample)
+    with torch.autocast(basis.device.type, enabled=False):
+        return assemble_soft_torch(basis, coefficients, windows, boxes=boxes, grid=grid, upsample=upsample)
+
+
+@torch.library.custom_op(
+    "onestage::assemble_soft",
+    mutates_args=(),
+    schema="(Tensor basis, Tensor coefficients, Tensor windows, Tensor? boxes, *, int[] grid, int upsample) -> Tensor",
+)
+def _soft_op(
+    basis: Tensor, coefficients: Tensor, windows: Tensor, boxes: Tensor | None, *, grid: Size, upsample: int
+) -> Tensor:
+    how: dict[str, Any] = {"boxes": boxes, "grid": tuple(grid), "upsample": upsample}
+    if wants_triton(basis):
+        from onestage.ops.triton.assemble import assemble_soft_triton
+
+        return assemble_soft_triton(basis, coefficients, windows, **how)
+    with torch.autocast(basis.device.type, enabled=False):
+        return assemble_soft_torch(basis, coefficients, windows, **how)
+
+
+@_soft_op.register_fake
+def _(
+    basis: Tensor, coefficients: Tensor, windows: Tensor, boxes: Tensor | None, *, grid: Size, upsample: int
+) -> Tensor:
+    return basis.new_empty(windows.shape[0], basis.shape[1] * upsample, basis.shape[2] * upsample, dtype=torch.float32)
+
+
+@torch.no_grad()
+def assemble_soft_torch(
+    basis: Tensor,
+    coefficients: Tensor,
+    windows: Tensor,
+    *,
+    boxes: Tensor | None = None,
+    grid: Size = (1, 1),
+    upsample: int = 1,
+) -> Tensor:
+    """Plain-torch twin of `assemble_soft`: defines the result, runs anywhere."""
     soft = basis.new_zeros(len(windows), basis.shape[1] * upsample, basis.shape[2] * upsample, dtype=torch.float32)
     cells = []
     for axis in (0, 1):
         up = resize_taps(basis.shape[1 + axis], soft.shape[1 + axis], False, windows.device)
         cells.append(_plan_axis(up, windows[:, 1 - axis], windows[:, 3 - axis], region_splits(boxes, axis, grid[axis])))
     maps = _window_logits(basis.float(), coefficients.float(), cells[0], cells[1], grid, upsample)
-    with torch.autocast(basis.device.type, enabled=False):
-        for values, out, (x0, y0, x1, y1) in zip(maps, soft, windows.tolist(), strict=True):
-            out[y0:y1, x0:x1] = values.sigmoid_()
+    for values, out, (x0, y0, x1, y1) in zip(maps, soft, windows.tolist(), strict=True):
+        out[y0:y1, x0:x1] = values.sigmoid_()
     return soft
 
 

@@ -103,4 +103,4 @@ def _dense_op(windows: Tensor, words: Tensor, size: list[int]) -> Tensor:
 
 @_dense_op.register_fake
 def _(windows: Tensor, words: Tensor, size: list[int]) -> Tensor:
-    return words.new_empty(len(windows), *size, dtype=torch.bool)
+    return words.new_empty(windows.shape[0], *size, dtype=torch.bool)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torchvision import ops
 
 from onestage.masks import Masks
-from onestage.ops.dispatch import refuse_forced_kernel
+from onestage.ops.dispatch import wants_triton
+from onestage.ops.packed import pack_windows, word_capacity
 from onestage.structures import Detections
 
 
@@ -32,9 +33,29 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
     Returns:
         N masks of the image's size.
     """
-    refuse_forced_kernel("paste")
+    if wants_triton(boxes) or torch.compiler.is_compiling():
+        return Masks(size, *_paste_op(probabilities, boxes, list(size), threshold))
     with torch.autocast(boxes.device.type, enabled=False):
         return paste_masks_torch(probabilities, boxes, size, threshold)
+
+
+@torch.library.custom_op("onestage::paste_masks", mutates_args=())
+def _paste_op(probabilities: Tensor, boxes: Tensor, size: list[int], threshold: float) -> tuple[Tensor, Tensor]:
+    """Windows [N, 4] and words of the masks, with room for N whole images: what `Masks` is made of."""
+    whole = (size[0], size[1])
+    if wants_triton(boxes):
+        from onestage.ops.triton.paste import paste_masks_triton
+
+        return paste_masks_triton(probabilities, boxes, whole, threshold)
+    with torch.autocast(boxes.device.type, enabled=False):
+        masks = paste_masks_torch(probabilities, boxes, whole, threshold)
+    return masks.windows, pack_windows(masks.windows, masks.pixels, word_capacity(len(masks), whole))
+
+
+@_paste_op.register_fake
+def _(probabilities: Tensor, boxes: Tensor, size: list[int], threshold: float) -> tuple[Tensor, Tensor]:
+    words = boxes.new_empty(word_capacity(boxes.shape[0], (size[0], size[1])), dtype=torch.int32)
+    return boxes.new_empty(boxes.shape[0], 4, dtype=torch.int64), words
 
 
 @torch.no_grad()
@@ -76,6 +97,30 @@ def with_masks(
 @torch.no_grad()
 def paste_soft(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """The values that `paste_masks` compares, dense: [N, height, width] float32. Arguments as there."""
+    if wants_triton(boxes) or torch.compiler.is_compiling():
+        return _soft_op(probabilities, boxes, list(size))
+    with torch.autocast(boxes.device.type, enabled=False):
+        return paste_soft_torch(probabilities, boxes, size)
+
+
+@torch.library.custom_op("onestage::paste_soft", mutates_args=())
+def _soft_op(probabilities: Tensor, boxes: Tensor, size: list[int]) -> Tensor:
+    if wants_triton(boxes):
+        from onestage.ops.triton.paste import paste_soft_triton
+
+        return paste_soft_triton(probabilities, boxes, (size[0], size[1]))
+    with torch.autocast(boxes.device.type, enabled=False):
+        return paste_soft_torch(probabilities, boxes, (size[0], size[1]))
+
+
+@_soft_op.register_fake
+def _(probabilities: Tensor, boxes: Tensor, size: list[int]) -> Tensor:
+    return boxes.new_empty(boxes.shape[0], *size, dtype=torch.float32)
+
+
+@torch.no_grad()
+def paste_soft_torch(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Plain-torch twin of `paste_soft`: defines the result, runs anywhere."""
     side = probabilities.shape[-1]
     x0, x1, x_weights = _hat_weights(boxes[:, 0], boxes[:, 2], size[1], side)
     y0, y1, y_weights = _hat_weights(boxes[:, 1], boxes[:, 3], size[0], side)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onestage.ops.assemble import Size, resize_taps
+from onestage.ops.packed import word_capacity
 from onestage.ops.triton.check import KernelCase
 from onestage.ops.triton.plan import (
     PLAN_BLOCK,
@@ -31,12 +32,12 @@ from onestage.ops.triton.plan import (
     store_words,
     tile_bound,
     tile_ends_of,
-    word_capacity,
 )
 
 BASIS_ROWS, BASIS_COLUMNS = 8, 16  # basis cells of a program of the dot products
+LANES = 128  # sub-regions that it looks at together
 MAX_SPLITS = 8  # of the detections, where the basis has too few tiles for the GPU
-CELLS = 1024  # assembly cells computed at a time
+CELLS = 512  # assembly cells computed at a time
 TILE_WARPS = 8
 FIXED_ROWS = 12  # of the plan, before those of the sub-regions; the order of `_plan_kernel`
 
@@ -119,7 +120,11 @@ def _assemble(
     image_windows = torch.empty(count, 4, dtype=torch.int64, device=device)
     if count == 0:
         return image_windows
-    assert boxes is not None or (rows, columns) == (1, 1), "sub-regions need boxes"
+    if (rows, columns) == (1, 1):
+        boxes = None
+    else:
+        assert boxes is not None, "sub-regions need boxes"
+        boxes = boxes.contiguous()
 
     valid = valid_size or (height * upsample, width * upsample)
     tables, lengths, reach = [], [], []
@@ -142,7 +147,7 @@ def _assemble(
     ends = torch.empty(2, count, dtype=torch.int64, device=device)
     _plan_kernel[(1,)](
         windows.contiguous(),
-        None if (rows, columns) == (1, 1) else boxes.contiguous(),
+        boxes,
         *tables,
         plan,
         image_windows,
@@ -160,7 +165,7 @@ def _assemble(
     scratch_size = (height + shift * (rows - 1), width + shift * (columns - 1))
     scratch = torch.empty(count, *scratch_size, dtype=torch.float32, device=device)
     num_tiles = triton.cdiv(height, BASIS_ROWS) * triton.cdiv(width, BASIS_COLUMNS)
-    block = min(32, max(4, triton.next_power_of_2(depth)))
+    block = max(4, triton.next_power_of_2(depth)) if depth <= 32 else 16  # more do not fit into the registers
     _dot_kernel[(num_tiles, max(1, min(MAX_SPLITS, count, num_programs(device, 1 << 20) // num_tiles)))](
         basis,
         coefficients.contiguous(),
@@ -178,6 +183,7 @@ def _assemble(
         prob and upsample == 1,
         block,
         triton.cdiv(depth, block),
+        LANES,
         BASIS_ROWS,
         BASIS_COLUMNS,
     )
@@ -364,26 +370,36 @@ def _plan_axis(
     tl.store(plan_ptr + (row + 5) * N + n, stop, mask=live)
     tl.store(plan_ptr + (row + 8) * N + n, basis_start, mask=live)
     tl.store(plan_ptr + (row + 9) * N + n, basis_stop, mask=live)
+    region_ptr = plan_ptr + region_row * N + n
     edge = start
-    for part in tl.static_range(PARTS):
-        following = tl.maximum(stop, start)
-        if part + 1 < PARTS:
-            low = tl.load(boxes_ptr + n * 4 + AXIS, mask=live, other=0.0).to(tl.float32)
-            high = tl.load(boxes_ptr + n * 4 + AXIS + 2, mask=live, other=0.0).to(tl.float32)
-            # As `region_splits`: double inside, and the border is one of three cells, each tested.
-            width = (((high - low).to(tl.float64) + 0.1) / PARTS).to(tl.float32)
-            guess = tl.ceil(low + (part + 1) * width)
+    if PARTS > 1:
+        low = tl.load(boxes_ptr + n * 4 + AXIS, mask=live, other=0.0).to(tl.float32)
+        high = tl.load(boxes_ptr + n * 4 + AXIS + 2, mask=live, other=0.0).to(tl.float32)
+        # As `region_splits`: double inside, and the border is one of three cells, each tested.
+        width = (((high - low).to(tl.float64) + 0.1) / PARTS).to(tl.float32)
+        part = 1
+        while part < PARTS:
+            guess = tl.ceil(low + part * width)
             guess = tl.minimum(tl.maximum(guess, -16777216.0), 16777216.0).to(tl.int32) - 1
             border = guess
             for step in tl.static_range(3):
-                border += (tl.div_rn((guess + step).to(tl.float32) - low, width) < (part + 1) * 1.0).to(tl.int32)
-            following = tl.minimum(tl.maximum(border, start), following)
-        basis_start, basis_stop = _basis_cells(table_ptr, edge, following, live, cells)
-        tl.store(plan_ptr + (region_row + 3 * part) * N + n, basis_start, mask=live)
-        tl.store(plan_ptr + (region_row + 3 * part + 1) * N + n, basis_stop, mask=live)
-        tl.store(plan_ptr + (region_row + 3 * part + 2) * N + n, following, mask=live)
-        edge = following
+                border += (tl.div_rn((guess + step).to(tl.float32) - low, width) < part * 1.0).to(tl.int32)
+            border = tl.minimum(tl.maximum(border, start), tl.maximum(stop, start))
+            _store_region(region_ptr, table_ptr, edge, border, live, N, cells)
+            region_ptr += 3 * N
+            edge = border
+            part += 1
+    _store_region(region_ptr, table_ptr, edge, tl.maximum(stop, start), live, N, cells)
     return image_start, image_stop
+
+
+@triton.jit
+def _store_region(region_ptr, table_ptr, start, stop, live, N, cells):
+    """Writes one axis of a sub-region of assembly cells [start, stop)."""
+    basis_start, basis_stop = _basis_cells(table_ptr, start, stop, live, cells)
+    tl.store(region_ptr, basis_start, mask=live)
+    tl.store(region_ptr + N, basis_stop, mask=live)
+    tl.store(region_ptr + 2 * N, stop, mask=live)
 
 
 @triton.jit
@@ -416,6 +432,7 @@ def _dot_kernel(
     SIGMOID: tl.constexpr,
     BLOCK_D: tl.constexpr,
     D_BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
@@ -434,41 +451,56 @@ def _dot_kernel(
     d = tl.arange(0, BLOCK_D)
     pointers = basis_ptr + d.to(tl.int64)[:, None] * stride_d + place[None, :]
     held = tl.load(pointers, mask=(d < D)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    n = tl.program_id(1)
-    while n < N:
-        y0 = tl.load(plan_ptr + 8 * N + n)
-        y1 = tl.load(plan_ptr + 9 * N + n)
-        x0 = tl.load(plan_ptr + 10 * N + n)
-        x1 = tl.load(plan_ptr + 11 * N + n)
-        if (y0 < top + TILE_ROWS) & (y1 > top) & (x0 < left + TILE_COLUMNS) & (x1 > left):
-            region = 0
-            while region < ROWS * COLUMNS:
-                row = region // COLUMNS
-                column = region % COLUMNS
-                if ROWS * COLUMNS > 1:
-                    row_ptr = plan_ptr + (12 + 3 * row) * N + n
-                    column_ptr = plan_ptr + (12 + 3 * ROWS + 3 * column) * N + n
-                    y0 = tl.load(row_ptr)
-                    y1 = tl.load(row_ptr + N)
-                    x0 = tl.load(column_ptr)
-                    x1 = tl.load(column_ptr + N)
-                if (y0 < top + TILE_ROWS) & (y1 > top) & (x0 < left + TILE_COLUMNS) & (x1 > left):
-                    weights_ptr = coefficients_ptr + (n * (ROWS * COLUMNS) + region).to(tl.int64) * D
-                    weights = tl.load(weights_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-                    value = tl.sum(held * weights[:, None], 0)
-                    for block in tl.static_range(1, D_BLOCKS):
-                        far = d + block * BLOCK_D
-                        far_ptr = basis_ptr + far.to(tl.int64)[:, None] * stride_d + place[None, :]
-                        more = tl.load(far_ptr, mask=(far < D)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                        weights = tl.load(weights_ptr + far, mask=far < D, other=0.0).to(tl.float32)
-                        value += tl.sum(more * weights[:, None], 0)
-                    if SIGMOID:
-                        value = tl.sigmoid(value)
-                    line = n.to(tl.int64) * scratch_height + y + SHIFT * row
-                    mine = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
-                    tl.store(scratch_ptr + line * scratch_width + x + SHIFT * column, value, mask=mine)
-                region += 1
-        n += tl.num_programs(1)
+    regions = N * (ROWS * COLUMNS)
+    first = 0
+    while first < regions:
+        lane = first + tl.arange(0, LANES)
+        live = (lane < regions) & (lane % tl.num_programs(1) == tl.program_id(1))
+        row_ptr, column_ptr = _region(plan_ptr, lane, N, ROWS, COLUMNS)
+        live = _overlap(row_ptr, row_ptr + N, live, top, TILE_ROWS)
+        live = _overlap(column_ptr, column_ptr + N, live, left, TILE_COLUMNS)
+        waiting = tl.where(live, lane, regions)
+        region = tl.min(waiting, 0)
+        while region < regions:
+            weights_ptr = coefficients_ptr + region.to(tl.int64) * D
+            weights = tl.load(weights_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            value = tl.sum(held * weights[:, None], 0)
+            if D_BLOCKS > 1:
+                block = 1
+                while block < D_BLOCKS:
+                    far = d + block * BLOCK_D
+                    far_ptr = basis_ptr + far.to(tl.int64)[:, None] * stride_d + place[None, :]
+                    more = tl.load(far_ptr, mask=(far < D)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                    weights = tl.load(weights_ptr + far, mask=far < D, other=0.0).to(tl.float32)
+                    value += tl.sum(more * weights[:, None], 0)
+                    block += 1
+            if SIGMOID:
+                value = tl.sigmoid(value)
+            own_row_ptr, own_column_ptr = _region(plan_ptr, region, N, ROWS, COLUMNS)
+            mine = (y >= tl.load(own_row_ptr)) & (y < tl.load(own_row_ptr + N))
+            mine &= (x >= tl.load(own_column_ptr)) & (x < tl.load(own_column_ptr + N))
+            line = (region // (ROWS * COLUMNS)).to(tl.int64) * scratch_height + y
+            line += SHIFT * (region // COLUMNS % ROWS)
+            tl.store(scratch_ptr + line * scratch_width + x + SHIFT * (region % COLUMNS), value, mask=mine)
+            waiting = tl.where(waiting > region, waiting, regions)
+            region = tl.min(waiting, 0)
+        first += LANES
+
+
+@triton.jit
+def _region(plan_ptr, region, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the plan has the row and the column of a sub-region, counted over all detections."""
+    n = region // (ROWS * COLUMNS)
+    row_ptr = plan_ptr + (12 + 3 * (region // COLUMNS % ROWS)) * N + n
+    return row_ptr, plan_ptr + (12 + 3 * ROWS + 3 * (region % COLUMNS)) * N + n
+
+
+@triton.jit
+def _overlap(start_ptr, stop_ptr, live, first, LENGTH: tl.constexpr):
+    """Which of the ranges [start, stop) meet `LENGTH` positions from `first` on."""
+    start = tl.load(start_ptr, mask=live, other=0)
+    stop = tl.load(stop_ptr, mask=live, other=0)
+    return live & (start < first + LENGTH) & (stop > first)
 
 
 @triton.jit
@@ -660,7 +692,7 @@ def compile_cases() -> list[KernelCase]:
         ("32 channels", "*fp32", 1, 0, 1),
         ("32 channels, bf16", "*bf16", 1, 0, 1),
         ("32 channels, sub-regions", "*fp32", 2, 2, 1),
-        ("128 channels", "*fp32", 1, 2, 4),
+        ("128 channels", "*fp32", 1, 2, 8),
     ):
         dot: dict[str, Any] = {
             "basis_ptr": dtype,
@@ -674,8 +706,9 @@ def compile_cases() -> list[KernelCase]:
             "COLUMNS": parts,
             "SHIFT": shift,
             "SIGMOID": shift == 0,
-            "BLOCK_D": 32,
+            "BLOCK_D": 32 if blocks == 1 else 16,
             "D_BLOCKS": blocks,
+            "LANES": LANES,
             "TILE_ROWS": BASIS_ROWS,
             "TILE_COLUMNS": BASIS_COLUMNS,
         }

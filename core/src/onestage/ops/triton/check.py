@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,17 @@ def modules_with_kernels() -> dict[str, list[KernelCase]]:
     """The modules beside this one and their kernels' configurations."""
     names = [module.name for module in pkgutil.iter_modules(onestage.ops.triton.__path__)]
     modules = {name: importlib.import_module(f"onestage.ops.triton.{name}") for name in names if name != "check"}
-    return {name: module.compile_cases() for name, module in modules.items()}
+    cases = {name: module.compile_cases() for name, module in modules.items()}
+    return {name: [*of_module, *_of_ones(of_module)] for name, of_module in cases.items()}
+
+
+def _of_ones(cases: list[KernelCase]) -> list[KernelCase]:
+    """Each kernel once more where every whole number is 1: Triton makes constants of those, which have no methods."""
+    first = {case.kernel.__name__: case for case in reversed(cases)}
+    return [
+        replace(case, name="every size 1", arguments={n: 1 if v == "i32" else v for n, v in case.arguments.items()})
+        for case in first.values()
+    ]
 
 
 def resources(case: KernelCase, target: int) -> Resources:

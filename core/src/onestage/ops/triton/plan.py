@@ -49,11 +49,6 @@ def tile_bound(count: int, size: tuple[int, int]) -> int:
     return count * triton.cdiv(size[0], TILE_ROWS) * triton.cdiv(size[1], TILE_COLUMNS)
 
 
-def word_capacity(count: int, size: tuple[int, int]) -> int:
-    """Packed words of `count` windows as large as the image."""
-    return count * size[1] * triton.cdiv(size[0], TILE_ROWS)
-
-
 def padded_count(count: int) -> int:
     """Lanes that look up the owner of a tile: a power of two, so that few sizes are compiled."""
     return max(128, triton.next_power_of_2(count))
