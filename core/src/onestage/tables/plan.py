@@ -25,7 +25,7 @@ from onestage.tables.spec import Row, Table, small_config
 if TYPE_CHECKING:
     from onestage.data.coco import Split
 
-SMOKE_STEPS = 300  # of 8 images: about 90 s of both cores of a small machine
+SMOKE_STEPS = 200  # of 8 images: about 90 s of two cores, and Table 1 of five papers within 45 minutes
 SMOKE_SIZE = 128
 # Generated images, and of tables on videos generated clips, to train on and to evaluate on.
 SMOKE_COUNTS = {"coco": (2000, 100), "ytvis": (160, 20)}
