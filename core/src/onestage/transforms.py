@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -176,6 +177,9 @@ def _normalise(image: Tensor, config: InputConfig) -> Tensor:
     pixels = image.float() if image.dtype == torch.uint8 else image.float() * 255.0
     if config.channel_order == "bgr":
         pixels = pixels.flip(0)
-    mean = pixels.new_tensor(config.mean)[:, None, None]
-    std = pixels.new_tensor(config.std)[:, None, None]
-    return (pixels - mean) / std
+    return (pixels - _per_channel(config.mean, pixels.device)) / _per_channel(config.std, pixels.device)
+
+
+@lru_cache(maxsize=32)  # copied to a GPU once, not for every image
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

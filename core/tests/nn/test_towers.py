@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from onestage.nn.towers import Scale, conv_at, conv_tower, conv_unit, flatten_levels, init_normal, prior_bias
+from onestage.nn.towers import (
+    Scale,
+    _patches_of_levels,
+    conv_at,
+    conv_tower,
+    conv_unit,
+    flatten_levels,
+    init_normal,
+    prior_bias,
+)
 
 
 def test_tower_parameters_are_named_by_unit_and_part():
@@ -98,6 +107,9 @@ def test_conv_at_some_locations_equals_the_dense_conv(side, dilation):
         index = torch.tensor([47, 0, 34, 35, 46, 20, 20])  # corners of the levels, one twice
         torch.testing.assert_close(conv_at(conv, [level[0] for level in levels], index), dense[index])
         assert conv_at(conv, [level[0] for level in levels], index[:0]).shape == (0, 6)
+        # What a GPU runs, where a number of locations per level would have to come to the host.
+        patches = _patches_of_levels(conv, [level[0] for level in levels], index)
+        torch.testing.assert_close(nn.functional.linear(patches, conv.weight.flatten(1), conv.bias), dense[index])
 
 
 def test_conv_at_some_locations_teaches_as_the_dense_conv():

@@ -77,8 +77,9 @@ class SAIS(nn.Module):
         """Network outputs for normalised, padded pixels [B, 3, H, W]."""
         _, *features = self.backbone(pixels)
         levels = self.fpn(features)
-        raw = self.head(levels)
-        return raw if self.protonet is None else raw._replace(prototypes=self.protonet(levels[0]))
+        raw: RawOutput = self.head(levels)
+        # Not by `_replace`, which torch.compile does not trace.
+        return raw if self.protonet is None else RawOutput(*(*raw[:-1], self.protonet(levels[0])))
 
     @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:

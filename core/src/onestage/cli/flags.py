@@ -160,6 +160,8 @@ class Benchmark(Model, Common):
     warmup: int = 2
     iters: int = 10
     compare: Literal["none", "maskrcnn"] = "none"  # maskrcnn: torchvision's, R-50, interleaved, same output form
+    mode: Literal["eager", "compile", "graph"] = "eager"  # how the network runs; graph: as a CUDA graph
+    channels_last: Switch = False  # weights and pixels in that order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from onestage.data.validate import MAX_PIXELS
 from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.distributed import pick_device
 from onestage.engine.guard import autocast
+from onestage.engine.network import Mode, prepare_network
 from onestage.errors import MachineError, UsageError, WeightsError
 from onestage.masks import Masks
 from onestage.method import Method
@@ -162,7 +163,7 @@ class Result:
 
 
 class Predictor:
-    """A model ready for images; calls do not change it, so threads may share it.
+    """A model ready for images; calls do not change it, so threads may share it (but not in mode "graph").
 
     Args:
         model: With `detect(images)`; is put into eval mode and moved.
@@ -172,6 +173,8 @@ class Predictor:
         score_threshold: What scores less is left out; 0 leaves it to the model.
         max_detections: Of one image; None leaves it to the model.
         max_pixels: Largest image read from a file, height * width.
+        mode: eager, compile, or graph (CUDA graphs); see `onestage.engine.network`.
+        channels_last: Order of weights and pixels.
     """
 
     def __init__(
@@ -184,9 +187,13 @@ class Predictor:
         score_threshold: float = 0.0,
         max_detections: int | None = None,
         max_pixels: float = MAX_PIXELS,
+        mode: Mode = "eager",
+        channels_last: bool = False,
     ):
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
+        if mode != "eager" or channels_last:
+            prepare_network(self.model, mode=mode, channels_last=channels_last)
         self.categories = tuple((int(number), str(name)) for number, name in categories)
         self.precision = precision
         self.score_threshold = score_threshold
@@ -204,6 +211,8 @@ class Predictor:
         score_threshold: float = 0.3,
         max_detections: int | None = None,
         max_pixels: float = MAX_PIXELS,
+        mode: Mode = "eager",
+        channels_last: bool = False,
     ) -> Predictor:
         """Builds the model that a weights file describes.
 
@@ -215,6 +224,8 @@ class Predictor:
             score_threshold: What scores less is left out; also lowers the model's own threshold if that is higher.
             max_detections: Of one image; None: as the weights' config says.
             max_pixels: Largest image read from a file, height * width.
+            mode: eager, compile or graph.
+            channels_last: Order of weights and pixels.
         """
         state, info = load_weights(path, package=method.name if method else None)
         method = method or find_method(info.package)
@@ -234,6 +245,8 @@ class Predictor:
             score_threshold=score_threshold,
             max_detections=max_detections,
             max_pixels=max_pixels,
+            mode=mode,
+            channels_last=channels_last,
         )
 
     @overload

@@ -215,8 +215,9 @@ def best_pairs(
     judged = scores * factors[:, None] if threshold_with_centerness else scores
     index, labels = (judged > score_threshold).nonzero(as_tuple=True)
     products = scores[index, labels] * factors[index]
-    level = per_location(sizes, range(len(sizes)), index.device)[index]
-    best = top_per_level([products[level == n] for n in range(len(sizes))], per_level)
+    # Locations ascend, level by level: one look at where levels begin instead of one for each level.
+    starts = torch.tensor([height * width for height, width in sizes[:-1]], device=index.device).cumsum(0)
+    best = top_per_level(products.tensor_split(torch.searchsorted(index, starts).tolist()), per_level)
     return index[best], labels[best], products[best].sqrt()
 
 

@@ -7,6 +7,8 @@ and the scale the inner one. A: anchors of all levels, G: ground truths.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,13 +116,20 @@ def anchors(
         [A, 4] float32 xyxy, input pixels, not clipped; centred at (j + 0.5) * stride unless `legacy`.
     """
     levels = []
+    shape: dict[str, Any] = {"base_size": base_size, "ratios": tuple(ratios), "scales": tuple(scales), "legacy": legacy}
+    keep = device is not None and device.type == "cuda" and not torch.compiler.is_compiling()
     for (height, width), stride in zip(sizes, strides, strict=True):
-        cell = cell_anchors(stride, base_size=base_size, ratios=ratios, scales=scales, legacy=legacy).to(device)
+        cell = _cell_anchors_on(device, stride, **shape) if keep else cell_anchors(stride, **shape).to(device)
         y = (torch.arange(height, dtype=torch.float32, device=device) * stride).repeat_interleave(width)
         x = (torch.arange(width, dtype=torch.float32, device=device) * stride).repeat(height)
         shift = torch.stack((x, y, x, y), dim=1)
         levels.append((shift[:, None] + cell[None]).reshape(-1, 4))
     return torch.cat(levels)
+
+
+@lru_cache(maxsize=64)  # copied once: a copy to the GPU has no place in a CUDA graph
+def _cell_anchors_on(device: torch.device, stride: int, **shape: Any) -> Tensor:
+    return cell_anchors(stride, **shape).to(device)
 
 
 def cell_anchors(

@@ -98,6 +98,9 @@ def conv_at(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
     assert conv.kernel_size[0] == conv.kernel_size[1]
     assert conv.stride == (1, 1)
     assert conv.groups == 1
+    if index.device.type == "cuda":
+        patches = _patches_of_levels(conv, levels, index)
+        return F.linear(patches, conv.weight.flatten(1), conv.bias).to(conv.weight.dtype)
     values = conv.weight.new_empty(len(index), conv.out_channels)
     start = 0
     for feature in levels:
@@ -108,6 +111,19 @@ def conv_at(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
         values[inside] = F.linear(patches, conv.weight.flatten(1), conv.bias).to(values.dtype)
         start += height * width
     return values
+
+
+def _patches_of_levels(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
+    """[N, C * side^2] at locations of all levels; reads every level for each, so that no size depends on values."""
+    start, chosen = 0, None
+    for feature in levels:
+        height, width = feature.shape[-2:]
+        cell = (index - start).clamp(0, height * width - 1)
+        patches = _patches(feature, cell // width, cell % width, conv.kernel_size[0], conv.dilation[0])
+        chosen = patches if chosen is None else torch.where((index >= start)[:, None], patches, chosen)
+        start += height * width
+    assert chosen is not None
+    return chosen
 
 
 def _patches(feature: Tensor, rows: Tensor, columns: Tensor, side: int, dilation: int) -> Tensor:

@@ -139,7 +139,7 @@ def _window_loss_op(
 
 @_window_loss_op.register_fake
 def _(basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor) -> tuple[Tensor, Tensor]:
-    return weights.new_empty(len(weights)), weights.new_empty(weights.shape)
+    return weights.new_empty(weights.shape[0]), weights.new_empty(weights.shape)
 
 
 @torch.library.custom_op(
