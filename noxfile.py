@@ -62,6 +62,25 @@ def demo(session: nox.Session) -> None:
         session.run("python", "-m", f"{package}.demo", *arguments)
 
 
+@nox.session(name="bench-kernels")
+def bench_kernels(session: nox.Session) -> None:
+    """Measure mask post-processing against the published formulas, on a GPU if there is one; draw the records."""
+    measure(session, "benchmarks/kernels.py")
+
+
+@nox.session(name="bench-image")
+def bench_image(session: nox.Session) -> None:
+    """Measure whole images of all papers against torchvision's models, on a GPU if there is one; draw the records."""
+    measure(session, "benchmarks/images.py")
+
+
+def measure(session: nox.Session, script: str) -> None:
+    """Runs a benchmark with the flags after `--` and draws the page of records."""
+    install_development(session)
+    session.run("python", script, *session.posargs)
+    session.run("python", "benchmarks/speed_page.py")
+
+
 @nox.session
 def install(session: nox.Session) -> None:
     """Install each package into fresh environments in every way users do, and run it from several folders."""

@@ -12,6 +12,7 @@ SMALL = {
     "prototypes": (((16, 18), IMAGE), "same_masks"),
     "two_classes": (((64, 64), IMAGE, (47, 70)), "same_masks"),
     "pasted": ((IMAGE,), "same_masks"),
+    "edges": (((64, 64), IMAGE, (47, 70)), "same_masks_and_boxes"),
     "loss": (((20, 24), (2, 2)), "same_gradients"),
 }
 
@@ -29,6 +30,13 @@ def test_both_sides_of_a_small_case_agree(kernels, name):
     arguments, check = SMALL[name]
     naive, ours = getattr(kernels, name)(*arguments)(torch.Generator().manual_seed(0))
     getattr(kernels, check)(naive(), ours())
+
+
+def test_deformable_convolutions_agree_and_dense_masks_too(kernels):
+    naive, ours = kernels.deformed((6, 7), torch.float32)(torch.Generator().manual_seed(0))
+    assert kernels.same_values(1e-5)(naive(), ours())["relative"] > 0
+    naive, ours = kernels.dense(kernels.pasted(IMAGE))(torch.Generator().manual_seed(0))
+    kernels.same_dense(naive(), ours())
 
 
 def test_run_lengths_of_both_sides_agree(kernels):
@@ -49,3 +57,19 @@ def test_the_record_says_what_ran(kernels, tmp_path):
     assert record["results"] == [1]
     assert record["machine"]["torch"] == torch.__version__
     assert record["code"]["commit"][:7] in path.name
+
+
+def test_a_case_that_fails_costs_no_other_and_shows_in_the_exit_code(kernels, tmp_path, monkeypatch, capsys):
+    def broken(generator, device):
+        raise RuntimeError("no kernel image")
+
+    good = kernels.Case("small", "a small paste", 0.0, kernels.pasted(IMAGE), kernels.same_masks)
+    monkeypatch.setattr(kernels, "CASES", (kernels.Case("broken", "fails", 0.0, broken, kernels.same_masks), good))
+    monkeypatch.setattr(kernels, "fresh_peak", lambda case, which: 1.0)  # another process has no such cases
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)])
+    assert kernels.main() == 1
+    assert "broken                failed: RuntimeError: no kernel image" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    broken_result, result = json.loads(file.read_text())["results"]
+    assert broken_result["failed"]
+    assert result["equal"]

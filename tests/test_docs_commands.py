@@ -90,6 +90,7 @@ def help_of(module: str) -> str:
 
 @cache
 def sessions() -> set[str]:
-    """Functions of noxfile.py that are sessions."""
+    """Functions of noxfile.py that are sessions, and the names that it gives them."""
     text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-    return set(re.findall(r"^@nox\.session.*\ndef (\w+)\(", text, re.MULTILINE))
+    names = re.findall(r"^@nox\.session.*\ndef (\w+)\(", text, re.MULTILINE)
+    return {*names, *re.findall(r'^@nox\.session\(name="([\w-]+)"\)', text, re.MULTILINE)}

@@ -1,0 +1,114 @@
+"""The GPU programme: everything that wants a GPU, in two commands of at most ten minutes each.
+
+    python benchmarks/gpu.py --part 1                      # GPU tests; ceilings of the machine and kernels
+    python benchmarks/gpu.py --part 2                      # whole images and training steps of all packages
+    python benchmarks/gpu.py --part 2 --output "$OUT" --limit 580
+
+It needs no installation of the packages: it puts the checkout on the path. What they require has to be there (torch,
+torchvision, Triton, pycocotools, safetensors, jinja2; pytest and hypothesis for the tests). Each step is a process of
+its own, with a share of the time that is left; what a step has recorded stays if a later one fails. Without a GPU it
+leaves at once, with exit code 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU = 5  # as `onestage.errors.MachineError`
+SOURCES = [path.parent / "src" for path in sorted(ROOT.glob("*/pyproject.toml"))]
+SHOWN = 60  # lines of each log
+TESTS = ("core/tests/ops", "core/tests/nn/test_deform.py", "tests/test_network_modes.py")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Args:
+        name: Of its log.
+        command: After `python`, run in the repository's root.
+        share: Of the time left when it starts that it may take.
+        takes_output: Whether it is told where records go.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    takes_output: bool = True
+
+
+IMAGES = ("benchmarks/images.py", "--image-size", "800", "1333", "--memory")
+PARTS = {
+    1: (
+        Step("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS), 0.5, takes_output=False),
+        Step("kernels", ("benchmarks/kernels.py",), 1.0),
+    ),
+    2: (
+        Step("images-eager", IMAGES, 0.35),
+        Step("images-graph", (*IMAGES, "--mode", "graph", "--precision", "bf16", "--channels-last"), 0.5),
+        Step("training", ("benchmarks/training_steps.py",), 1.0),
+    ),
+}
+
+
+def main() -> int:
+    flags = read_flags()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("error: no CUDA device here: the GPU programme needs one", file=sys.stderr)
+        return NO_GPU
+    output = Path(flags.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + flags.limit
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    failed = 0
+    for step in PARTS[flags.part]:
+        status = run(step, output, step.share * (end - time.monotonic()))
+        failed += status != 0
+    return 1 if failed else 0
+
+
+def run(step: Step, output: Path, seconds: float) -> int:
+    """Runs a step, its output to a log and the log's end to the terminal; its exit code, 124 after `seconds`."""
+    command = [sys.executable, *step.command, *(["--output", str(output)] if step.takes_output else [])]
+    log = output / f"gpu-{step.name}.log"
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, seconds)
+            )
+            status = done.returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    print(f"== {step.name}: exit code {status} after {time.monotonic() - start:.0f} s, {log}")
+    print("\n".join(log.read_text(encoding="utf-8").splitlines()[-SHOWN:]), flush=True)
+    return status
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout's packages on the path and kernels compiled, not interpreted."""
+    path = os.pathsep.join([*map(str, SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+
+
+def read_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=list(PARTS), required=True)
+    parser.add_argument("--limit", type=float, default=570, help="seconds for the part (%(default)s)")
+    parser.add_argument(
+        "--output", default=str(ROOT / "benchmarks" / "results" / "speed"), help="folder for records and logs"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

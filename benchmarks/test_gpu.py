@@ -1,0 +1,56 @@
+"""The GPU programme without a GPU: it says so, and its steps name files and flags that exist."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    import gpu
+
+    return gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_it_says_so_in_a_line_and_leaves_with_the_code_of_machines(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "1", "--output", str(tmp_path / "records")])
+    from onestage.errors import MachineError
+
+    assert gpu.main() == MachineError.exit_code
+    assert capsys.readouterr().err.splitlines() == ["error: no CUDA device here: the GPU programme needs one"]
+    assert not (tmp_path / "records").exists()
+
+
+def test_every_step_reads_files_and_flags_that_exist(gpu, monkeypatch):
+    import images
+    import training_steps
+
+    for part in gpu.PARTS.values():
+        for step in part:
+            files = [word for word in step.command if word.endswith(".py") or "/" in word]
+            assert files
+            assert all((gpu.ROOT / file).exists() for file in files)
+    _, eager, graph, training = (step.command[1:] for part in gpu.PARTS.values() for step in part if step.takes_output)
+    assert images.read_flags([*eager, "--output", ""]).mode == "eager"
+    assert images.read_flags(graph).precision == "bf16"
+    assert training_steps.read_flags(training).models == training_steps.MODELS
+
+
+def test_a_step_that_takes_too_long_is_ended_and_its_log_kept(gpu, tmp_path, capsys):
+    sleeper = gpu.Step("sleeper", ("-uc", "print('begun'); import time; time.sleep(60)"), 1.0, takes_output=False)
+    assert gpu.run(sleeper, tmp_path, 3.0) == 124
+    assert "begun" in capsys.readouterr().out
+    assert (tmp_path / "gpu-sleeper.log").read_text() == "begun\n"
+
+
+def test_steps_see_the_checkout_and_compile_kernels(gpu, tmp_path, capsys):
+    code = "import onestage, os; print(onestage.__file__, os.environ['TRITON_INTERPRET'])"
+    step = gpu.Step("sees", ("-c", code), 1.0, takes_output=False)
+    assert gpu.run(step, tmp_path, 60.0) == 0
+    assert f"{gpu.ROOT}/core/src/onestage/__init__.py 0" in capsys.readouterr().out

@@ -1,0 +1,75 @@
+"""The whole-image benchmark with the packages' small models: equal work is what it claims, and what it asserts."""
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+PAPERS = sorted(
+    path.parent.name for path in Path(__file__).parents[1].glob("*/pyproject.toml") if path.parent.name != "core"
+)
+IMAGE = torch.randint(256, (3, 128, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def images(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import images
+
+    monkeypatch.setattr(images, "NUM_CANDIDATES", 200)
+    return images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("package", PAPERS)
+def test_the_same_number_of_candidates_enters_nms(package, images):
+    model = images.lively(f"{package}:demo", IMAGE)
+    assert images.admit(model, IMAGE) == 200
+    with images.counted_candidates() as counts:
+        (found,) = model.detect([IMAGE])
+    assert counts == [200]  # the threshold stays, and NMS works again
+    filled = float(found.masks.area().sum()) / float(images.box_areas(found.boxes).sum())
+    assert 0.02 < filled < 0.98
+
+
+@torch.no_grad()
+def test_a_run_records_times_stages_and_ratios(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images, "NUM_INSTANCES", 20)
+    config = import_module("sais.method").METHOD.variants["demo"]
+    limited = replace(config, inference=replace(config.inference, max_detections=20))
+    monkeypatch.setitem(import_module("sais.method").METHOD.variants, "demo", limited)
+    size = ["--image-size", "128", "160"]
+    arguments = ["--models", "sais:demo", "--peers", "--rounds", "1", *size, "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["images.py", *arguments])
+    images.main()
+    (file,) = tmp_path.glob("*.json")
+    (row,) = json.loads(file.read_text())["results"]
+    assert list(row["stages_ms"]) == ["preprocess", "network", "boxes", "masks", "bool", "rle"]
+    assert row["candidates"] == 200
+    assert "by stage" in capsys.readouterr().out
+
+
+def test_ratios_compare_equal_forms_only(images):
+    times = {"boxes": {"median": 2.0}, "bool": {"median": 4.0}}
+    rows = [
+        {"model": "sipmask:r50", "milliseconds": times},
+        {"model": "mask_rcnn", "milliseconds": {"bool": {"median": 6.0}}},
+        {"model": "fcos", "milliseconds": {"boxes": {"median": 1.0}}},
+    ]
+    flags = images.read_flags(["--forms", "boxes", "bool"])
+    assert images.compare(rows, flags) == [
+        {"model": "sipmask:r50", "peer": "mask_rcnn", "form": "bool", "ratio": 1.5},
+        {"model": "sipmask:r50", "peer": "fcos", "form": "boxes", "ratio": 0.5},
+    ]
+
+
+def test_another_number_of_candidates_stops_a_model_and_no_other(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "own_side", lambda name, *_: images.Side(name, {"boxes": lambda: 0}, 220, 1.0, None))
+    monkeypatch.setattr("sys.argv", ["images.py", "--models", "sais:demo", "--peers", "--output", str(tmp_path)])
+    assert images.main() == 1
+    assert "sais:demo failed: AssertionError: 220 candidates" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    assert list(json.loads(file.read_text())["failed"]) == ["sais:demo"]

@@ -1,0 +1,55 @@
+"""The page of speed records: every ratio of every kind of record, the newest of equal ones, a dash without a GPU."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def speed_page(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import speed_page
+
+    return speed_page
+
+
+def times(median):
+    return {"median": median, "min": median / 2, "max": median * 2}
+
+
+def record(name, results, **more):
+    return {
+        "name": name,
+        "config_sha256": "c",
+        "file": f"{name}.json",
+        "protocol": {"rounds": 5, "order": "A B B A"},
+        "code": {"commit": "0123456789", "command": "python benchmarks/x.py"},
+        "machine": {"device": "A <chip>", "threads": 1, "torch": "2"},
+        "results": results,
+    } | more
+
+
+def test_ratios_of_both_benchmarks_become_bars(speed_page):
+    kernels = record("masks-cpu", [{"case": "paste", "naive_ms": times(9.0), "ours_ms": times(2.0), "goal": 4}])
+    (bar,) = speed_page.bars(kernels)
+    assert (bar.label, bar.ratio, bar.low, bar.high, bar.goal) == ("paste", 4.5, 9 / 8, 18.0, 4.0)
+    rows = [{"model": name, "milliseconds": {"rle": times(ms)}} for name, ms in (("sais:r50", 4.0), ("mask_rcnn", 6.0))]
+    ratios = [{"model": "sais:r50", "peer": "mask_rcnn", "form": "rle", "ratio": 1.5}]
+    (bar,) = speed_page.bars(record("images-cpu", rows, ratios=ratios))
+    assert (bar.label, bar.ratio) == ("sais:r50 to rle, against mask_rcnn", 1.5)
+
+
+def test_a_replayed_graph_is_what_a_gpu_record_shows(speed_page):
+    row = {"case": "paste", "naive_ms": times(9.0), "ours_ms": times(3.0), "ours_graph_ms": times(1.0), "goal": 0.0}
+    assert speed_page.bars(record("masks-cuda", [row]))[0].ratio == 9.0
+
+
+def test_the_newest_of_equal_records_is_shown_and_a_missing_gpu_is_a_dash(speed_page):
+    row = {"case": "paste", "naive_ms": times(9.0), "ours_ms": times(3.0), "goal": 0}
+    old, new = record("masks-cpu", [row]), record("masks-cpu", [row | {"ours_ms": times(1.0)}])
+    text = speed_page.page([old, new])
+    assert re.findall(r">(\d+\.\d\d)</text>", text) == ["9.00"]
+    assert "<h2>On a GPU</h2><p>-</p>" in text
+    assert "A &lt;chip&gt;" in text
+    assert "<p>-</p>" not in speed_page.page([record("masks-cuda", [row])])
