@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "cli": VALUES | {"method", "data", "engine", "tables", "builders", "transforms", "draw"},
     "testing": VALUES | {"method", "transforms", "ops", "nn", "data", "tables"},
     "synth": {"errors", "cli", "data"},
+    "lint": {"errors", "cli", "data"},
+    "doctor": {"errors", "cli"},
 }
 EXCEPTIONS = {
     ("nn/imagenet.py", "onestage.engine.checkpoint"),  # the one module that opens weights files

@@ -206,7 +206,7 @@ def rle_counts(rle: dict[str, Any], size: tuple[int, int], name: str) -> np.ndar
         raise DatasetError(f"{name} is not a COCO RLE with 'size' and 'counts'", "write masks as COCO RLE or polygons")
     if not isinstance(rle["size"], (list, tuple)) or list(rle["size"]) != [height, width]:
         raise DatasetError(
-            f"{name} has RLE size {rle['size']}, the image has [{height}, {width}]",
+            f"{name} has RLE size {str(rle['size'])[:60]}, the image has [{height}, {width}]",
             "RLE size is [height, width] of the image",
         )
     counts = rle["counts"]

@@ -51,21 +51,18 @@ def main(method: Method, verb: str | None = None, argv: Sequence[str] | None = N
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _set_up_log(method, words)
+    return guard(words, lambda: _answer(method, verb, words))
+
+
+def guard(words: Sequence[str], run: Callable[[], int]) -> int:
+    """Runs a command; what its user can mend becomes two lines on stderr and an exit code.
+
+    Args:
+        words: Its command line: `-v` shows the traceback too, `--json` puts the error on stdout.
+        run: The command.
+    """
     try:
-        if verb is None:
-            if not words or words[0] in ("-h", "--help", "help"):
-                print(_overview(method))
-                return 0 if words else UsageError.exit_code
-            if words[0] == "--version":
-                print(_version(method))
-                return 0
-            verb = words.pop(0)
-        if words[:1] == ["--version"]:
-            print(_version(method))
-            return 0
-        if verb in method.extra_verbs:
-            return method.extra_verbs[verb](words)
-        return _run(method, verb, words)
+        return run()
     except UserError as error:
         return _report(error, words)
     except KeyboardInterrupt as stopped:
@@ -79,6 +76,23 @@ def main(method: Method, verb: str | None = None, argv: Sequence[str] | None = N
         if known is None:
             raise
         return _report(known, words)
+
+
+def _answer(method: Method, verb: str | None, words: list[str]) -> int:
+    if verb is None:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_overview(method))
+            return 0 if words else UsageError.exit_code
+        if words[0] == "--version":
+            print(_version(method))
+            return 0
+        verb = words.pop(0)
+    if words[:1] == ["--version"]:
+        print(_version(method))
+        return 0
+    if verb in method.extra_verbs:
+        return method.extra_verbs[verb](words)
+    return _run(method, verb, words)
 
 
 def _run(method: Method, verb: str, words: list[str]) -> int:
@@ -152,7 +166,7 @@ class _Stderr(logging.Handler):
             print(text, file=sys.stderr)
 
 
-def _report(error: UserError, words: list[str]) -> int:
+def _report(error: UserError, words: Sequence[str]) -> int:
     if {"-v", "--verbose"} & {*words}:
         import traceback
 

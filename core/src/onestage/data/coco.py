@@ -8,7 +8,8 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,9 @@ from onestage.masks import Masks
 from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
+
+# Pillow warns at 89 megapixels; `max_pixels` is the limit here, and whoever sets it knows.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -257,9 +261,8 @@ class CocoDataset:
     def _in_target(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Which annotations of an image become instances of its target, and the clipped boxes xyxy of all."""
         flat, all_of_it = self.annotations, self.annotations.of_image(position)
-        boxes = _clipped_xyxy(flat.boxes[all_of_it.start : all_of_it.stop], self._size(position))
-        sides = boxes[:, 2:] - boxes[:, :2]
-        return (sides >= 1).all(1) & ~(flat.areas[all_of_it.start : all_of_it.stop] <= 0), boxes
+        here = slice(all_of_it.start, all_of_it.stop)
+        return in_target(flat.boxes[here], flat.areas[here], self._size(position))
 
     def _target(self, position: int) -> Target:
         flat, size = self.annotations, self._size(position)
@@ -282,11 +285,28 @@ class CocoDataset:
         )
 
 
+def in_target(boxes: np.ndarray, areas: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which annotations of an image become instances of its target: those of a pixel or more each way.
+
+    Args:
+        boxes: [A, 4] float64 x, y, width, height.
+        areas: [A] float64, NaN where there is none.
+        size: (height, width) of the image.
+
+    Returns:
+        [A] bool, and the boxes clipped to the image, [A, 4] xyxy.
+    """
+    height, width = size
+    corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+    clipped = corners.clip(0, [width, height, width, height])
+    return (clipped[:, 2:] - clipped[:, :2] >= 1).all(1) & ~(areas <= 0), clipped
+
+
 def read_image(path: Path, *, max_pixels: float = MAX_PIXELS, size: tuple[int, int] | None = None) -> Tensor:
     """Decodes an image file.
 
     Args:
-        path: Anything Pillow reads; of several frames the first.
+        path: A picture in one of `FORMATS`; of several frames the first.
         max_pixels: Refused beyond this, from the header.
         size: (height, width) that an annotation file says it has. The orientation tag is then applied only if it
             makes the size fit; None applies it always.
@@ -297,29 +317,72 @@ def read_image(path: Path, *, max_pixels: float = MAX_PIXELS, size: tuple[int, i
     Raises:
         DatasetError: no image, a damaged one, too large, or of another size.
     """
+    with _opened(path, max_pixels, size) as (image, turn):
+        upright = ImageOps.exif_transpose(image) if turn else image
+        if size not in (None, (upright.height, upright.width)):  # a tag that turns by nothing
+            raise _other_size(path, image, size)
+        return torch.from_numpy(_rgb(upright)).permute(2, 0, 1).contiguous()
+
+
+def check_header(
+    path: Path, *, max_pixels: float = MAX_PIXELS, size: tuple[int, int]
+) -> Literal["applied", "ignored"] | None:
+    """What `read_image` finds out before it decodes, with the same errors.
+
+    Returns:
+        Whether an orientation tag that turns or mirrors the image is applied, because only so its size fits, or
+        ignored; None where there is none.
+    """
+    with _opened(path, max_pixels, size) as (image, turn):
+        tag = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own decodes the image to find it
+        if turn and tag not in (5, 6, 7, 8):  # those that exchange height and width
+            raise _other_size(path, image, size)
+        if tag not in range(2, 9):
+            return None
+        return "applied" if turn else "ignored"
+
+
+@contextlib.contextmanager
+def _opened(path: Path, max_pixels: float, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, bool]]:
+    """The image, not decoded yet, and whether its orientation tag is to be applied; for the errors of `read_image`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise DatasetError(
                     f"image '{path}' has {image.width} x {image.height} px; the limit is {max_pixels / 1e6:g} "
                     "megapixels",
                     "make it smaller" + (", or raise --max-pixels" if size is None else ""),
                 )
-            upright = image if size == (image.height, image.width) else ImageOps.exif_transpose(image)
-            if size not in (None, (upright.height, upright.width)):
-                raise DatasetError(
-                    f"image '{path}' is {image.height} x {image.width} px, its annotations say {size[0]} x {size[1]}",
-                    "give the images that the annotations were made on",
-                )
-            return torch.from_numpy(_rgb(upright)).permute(2, 0, 1).contiguous()
+            stored = (image.height, image.width)
+            if size not in (None, stored, stored[::-1]):
+                raise _other_size(path, image, size)
+            yield image, size != stored
     except FileNotFoundError:
         raise DatasetError(f"image '{path}' does not exist", "check the path") from None
     except Image.DecompressionBombError as error:
         raise DatasetError(f"image '{path}' is too large: {error}", "make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow's decoders raise
+    except _DECODING_ERRORS as error:
         raise DatasetError(
             f"image '{path}' cannot be read: {error}", "replace the file; is it complete, and an image?"
         ) from None
+
+
+# Pillow also knows formats that start other programs (EPS) or are not meant for pictures; nobody trains on those.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+_ORIENTATION = 0x0112  # of EXIF
+# What Pillow's decoders raise on files that somebody bent.
+_DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(KeyError, IndexError, TypeError, AttributeError, ArithmeticError),
+)
+
+
+def _other_size(path: Path, image: Image.Image, size: tuple[int, int] | None) -> DatasetError:
+    assert size is not None
+    return DatasetError(
+        f"image '{path}' is {image.height} x {image.width} px, its annotations say {size[0]} x {size[1]}",
+        "give the images that the annotations were made on",
+    )
 
 
 def coco_object(
@@ -365,12 +428,6 @@ def _layouts(data: Path, split: str) -> list[Split]:
     named = [file for file in files if split in file.stem]
     alone = files if len(files) == 1 else []  # one file may serve both
     return found + [Split(file, data / "JPEGImages", "YouTube-VIS") for file in named or alone]
-
-
-def _clipped_xyxy(xywh: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    height, width = size
-    corners = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
-    return corners.clip(0, [width, height, width, height])
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

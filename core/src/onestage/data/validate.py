@@ -11,10 +11,11 @@ import gzip
 import json
 import math
 import re
+import shlex
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,22 @@ MAX_PIXELS = 100_000_000  # of an image
 
 OnBadSample = Literal["raise", "skip"]
 
-_TRACK = "/track"  # key of the annotations made of YouTube-VIS tracks
+TRACK = "/track"  # key of the annotations made of YouTube-VIS tracks
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one entry of an annotation file.
+
+    Args:
+        kind: Which mistake; `data.lint.KINDS` says what becomes of the entry.
+        what: A sentence, or the rest of one that begins with the entry's name.
+        fix: What to do, where the reader stops.
+    """
+
+    kind: str
+    what: str
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,8 @@ def read_annotations(
         more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
         raise DatasetError(
             f"{source}: {problems[0]}{more}",
-            "correct the file, or add --on-bad-sample skip to leave out what is broken",
+            f"python -m onestage.lint {shlex.quote(str(path))} lists all, and with --fix FOLDER writes a clean copy; "
+            "or add --on-bad-sample skip to leave out what is broken",
         )
     names = [name.encode("utf-8") for name in images.names]
     return Annotations(
@@ -171,7 +188,7 @@ def read_annotations(
 def read_json(path: Path, **options: Any) -> Any:
     """The content of a `.json` or `.json.gz` file; says what is wrong with one that cannot be read."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = _unzipped(path) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise DatasetError(f"file '{path}' does not exist", "check the path") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -215,6 +232,21 @@ def file_name_problem(name: Any) -> str | None:
     return None
 
 
+def _unzipped(path: Path) -> bytes:
+    limit = _SMALL + _MOST_EXPANDED * path.stat().st_size
+    with gzip.open(path) as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise DatasetError(
+            f"file '{path}' unpacks to more than {limit / 1e6:,.0f} MB, which no annotations of its size do",
+            "if you trust it, unpack it and give the .json",
+        )
+    return raw
+
+
+_SMALL, _MOST_EXPANDED = 1 << 20, 200  # bytes; annotations of many equal objects shrink to a hundredth
+
+
 @dataclass
 class _Images:
     ids: list[int]
@@ -222,15 +254,19 @@ class _Images:
     names: list[str]
     position: dict[int, int]  # of the id; -1 for an image that was left out
 
+    def append(self, image: Mapping[str, Any]) -> None:
+        self.position[image["id"]] = len(self.ids)
+        self.ids.append(image["id"])
+        self.sizes.append((image["height"], image["width"]))
+        self.names.append(image["file_name"])
+
     def position_of(self, image_id: Any) -> int | None:
         """None where no image has the id."""
         return self.position.get(image_id) if _whole(image_id) else None
 
 
-def _compact(value: dict[str, Any]) -> dict[str, Any]:
-    """Packs polygons and drops links while the file is parsed: as Python objects COCO's would take gigabytes."""
-    for key in ("coco_url", "flickr_url", "license", "date_captured"):
-        value.pop(key, None)
+def packed(value: dict[str, Any]) -> dict[str, Any]:
+    """Packs polygons while a file is parsed: as Python objects COCO's would take gigabytes."""
     polygons = value.get("segmentation")
     if isinstance(polygons, list):
         with contextlib.suppress(TypeError, OverflowError):  # not polygons; the check says so
@@ -238,59 +274,81 @@ def _compact(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _compact(value: dict[str, Any]) -> dict[str, Any]:
+    """Packs polygons and drops links."""
+    for key in ("coco_url", "flickr_url", "license", "date_captured"):
+        value.pop(key, None)
+    return packed(value)
+
+
 def _check_categories(categories: list[Any], source: str) -> tuple[tuple[int, str], ...]:
     table: dict[int, str] = {}
     for number, category in enumerate(categories):
-        known = isinstance(category, dict) and _whole(category.get("id")) and isinstance(category.get("name"), str)
-        if not known:
-            raise DatasetError(
-                f"{source}: categories[{number}] needs a whole-number 'id' and a 'name', found {_short(category)}",
-                'write it as {"id": 1, "name": "person"}',
-            )
-        if category["id"] in table:
-            raise DatasetError(
-                f"{source}: category id {category['id']} occurs twice "
-                f"('{table[category['id']]}' and '{category['name']}')",
-                "give every category an id of its own",
-            )
+        _stop_at(category_problem(number, category, table), source)
         table[category["id"]] = category["name"]
     if not table:
         raise DatasetError(f"{source} has no categories", "list at least one category")
     return tuple(sorted(table.items()))
 
 
+def category_problem(number: int, category: Any, table: Mapping[int, str]) -> Problem | None:
+    """What is wrong with `categories[number]`, if `table` has the names of those before by id; stops the reader."""
+    if not isinstance(category, dict) or not _whole(category.get("id")) or not isinstance(category.get("name"), str):
+        return Problem(
+            "bad category",
+            f"categories[{number}] needs a whole-number 'id' and a 'name', found {_short(category)}",
+            'write it as {"id": 1, "name": "person"}',
+        )
+    if category["id"] in table:
+        return Problem(
+            "category id twice",
+            f"category id {category['id']} occurs twice ('{table[category['id']]}' and '{category['name']}')",
+            "give every category an id of its own",
+        )
+    return None
+
+
 def _check_images(images: list[Any], source: str, max_pixels: float, problems: list[str]) -> _Images:
     good = _Images([], [], [], {})
     for number, image in enumerate(images):
-        if not isinstance(image, dict) or not _whole(image.get("id")):
-            raise DatasetError(
-                f"{source}: images[{number}] needs a whole-number 'id', found {_short(image)}", "number the images"
-            )
-        key = image["id"]
-        if key in good.position:
-            raise DatasetError(f"{source}: image id {key} occurs twice", "give every image an id of its own")
-        problem = _image_problem(image, max_pixels)
+        _stop_at(image_id_problem(number, image, good.position), source)
+        problem = image_problem(image, max_pixels)
         if problem:
-            problems.append(f"image {key} {problem}")
-            good.position[key] = -1
+            problems.append(f"image {image['id']} {problem.what}")
+            good.position[image["id"]] = -1
             continue
-        good.position[key] = len(good.ids)
-        good.ids.append(key)
-        good.sizes.append((image["height"], image["width"]))
-        good.names.append(image["file_name"])
+        good.append(image)
     return good
 
 
-def _image_problem(image: Mapping[str, Any], max_pixels: float) -> str | None:
+def image_id_problem(number: int, image: Any, known: Container[int]) -> Problem | None:
+    """Why `images[number]` cannot be referred to, if the images before have the ids `known`; stops the reader."""
+    if not isinstance(image, dict) or not _whole(image.get("id")):
+        what = f"images[{number}] needs a whole-number 'id', found {_short(image)}"
+        return Problem("image without id", what, "number the images")
+    if image["id"] in known:
+        return Problem("image id twice", f"image id {image['id']} occurs twice", "give every image an id of its own")
+    return None
+
+
+def image_problem(image: Mapping[str, Any], max_pixels: float) -> Problem | None:
+    """Why an image that has an id cannot be used."""
     problem = file_name_problem(image.get("file_name"))
     if problem:
-        return f"file_name {_short(image.get('file_name'))} {problem}"
-    height, width = image.get("height", 0), image.get("width", 0)
+        return Problem("bad file name", f"file_name {_short(image.get('file_name'))} {problem}")
+    name, height, width = image["file_name"], image.get("height", 0), image.get("width", 0)
     if not _whole(height) or not _whole(width) or height < 1 or width < 1:
-        return f"('{image['file_name']}') needs whole numbers 'height' and 'width' above 0, found {height} and {width}"
+        found = f"{_short(height)} and {_short(width)}"
+        return Problem("image size", f"('{name}') needs whole numbers 'height' and 'width' above 0, found {found}")
     if height * width > max_pixels:
-        return f"('{image['file_name']}') has {height} x {width} px; the limit is {max_pixels / 1e6:g} megapixels"
+        limit = f"the limit is {max_pixels / 1e6:g} megapixels"
+        return Problem("image too large", f"('{name}') has {height} x {width} px; {limit}")
     return None
+
+
+def _stop_at(problem: Problem | None, source: str) -> None:
+    if problem is not None:
+        raise DatasetError(f"{source}: {problem.what}", problem.fix)
 
 
 def _check_annotations(
@@ -313,8 +371,7 @@ def _check_annotations(
     points = array("d")
     rles: list[bytes] = []
     for number, annotation in enumerate(annotations):
-        if not isinstance(annotation, dict):
-            raise DatasetError(f"{source}: annotations[{number}] is {_short(annotation)}", "use COCO format")
+        _stop_at(entry_problem(number, annotation), source)
         annotation.setdefault("id", number + 1)
     annotations.sort(key=lambda annotation: images.position_of(annotation.get("image_id")) or 0)
     for number, annotation in enumerate(annotations):
@@ -322,31 +379,26 @@ def _check_annotations(
         image = images.position_of(annotation.get("image_id"))
         if image == -1:
             continue
-        problem = _annotation_problem(annotation, image, label_of)
+        size = (0, 0) if image is None else images.sizes[image]
+        problem = annotation_problem(annotation, None if image is None else size, label_of)
         if problem:
-            problems.append(f"{_named(annotation, image, images)} {problem}")
+            problems.append(f"{_named(annotation, image, images)} {problem.what}")
             continue
         assert image is not None
-        size = images.sizes[image]
         segmentation, rle = annotation["segmentation"], b""
         if isinstance(segmentation, dict):
-            try:
-                rle = _checked_rle(segmentation, size, _named(annotation, image, images))
-            except DatasetError as error:
-                problems.append(error.what)
-                continue
-            segmentation = []
+            rle, segmentation = _compressed(segmentation, size), []
         where.append(image)
         ids.append(annotation["id"])
         labels.append(label_of[annotation["category_id"]])
         numbers.extend(annotation["bbox"])
         numbers.append(annotation.get("area", math.nan))
         crowds.append(bool(annotation.get("iscrowd", 0)))
-        tracks.append(annotation.get(_TRACK, -1))
+        tracks.append(annotation.get(TRACK, -1))
         polygon_counts.append(len(segmentation))
         for polygon in segmentation:
             point_counts.append(len(polygon))
-            points.extend(_clamped(polygon, size))
+            points.extend(clamped(polygon, size))
         rles.append(rle)
     if len(set(ids)) < len(ids):
         twice = [str(key) for key, count in sorted(Counter(ids).items()) if count > 1]
@@ -370,49 +422,93 @@ def _check_annotations(
     }
 
 
-def _annotation_problem(annotation: Mapping[str, Any], image: int | None, label_of: Mapping[int, int]) -> str | None:
-    """What is wrong with everything but an RLE's runs, or None."""
+def entry_problem(number: int, annotation: Any) -> Problem | None:
+    """Why `annotations[number]` is no annotation at all; stops the reader."""
+    if isinstance(annotation, dict):
+        return None
+    return Problem("no annotation", f"annotations[{number}] is {_short(annotation)}", "use COCO format")
+
+
+def annotation_problem(
+    annotation: Mapping[str, Any], size: tuple[int, int] | None, label_of: Mapping[int, Any]
+) -> Problem | None:
+    """Why an annotation cannot be used.
+
+    Args:
+        annotation: Of COCO format, with an `id`; polygons may be packed.
+        size: (height, width) of its image; None where the file has no such image.
+        label_of: The known category ids.
+    """
     if not _whole(annotation["id"]):
-        return "has an id that is not a whole number"
-    if image is None:
-        return f"belongs to image {_short(annotation.get('image_id'))}, which is not in 'images'"
+        return Problem("bad annotation id", "has an id that is not a whole number")
+    if size is None:
+        what = f"belongs to image {_short(annotation.get('image_id'))}, which is not in 'images'"
+        return Problem("unknown image", what)
     category = annotation.get("category_id")
     if not _whole(category) or category not in label_of:
-        return f"has category_id {_short(category)}; known are {some([str(known) for known in label_of], 8)}"
+        known = some([str(key) for key in label_of], 8)
+        return Problem("unknown category", f"has category_id {_short(category)}; known are {known}")
+    problem = segmentation_problem(annotation.get("segmentation"), size)
+    if problem:
+        return problem
     if not _numbers(annotation.get("bbox")) or len(annotation["bbox"]) != 4:
-        return f"has bbox {_short(annotation.get('bbox'))}; four finite numbers x, y, width, height are needed"
+        what = f"has bbox {_short(annotation.get('bbox'))}; four finite numbers x, y, width, height are needed"
+        return Problem("bad box", what)
     if annotation["bbox"][2] < 0 or annotation["bbox"][3] < 0:
-        return f"has bbox {_short(annotation['bbox'])} with a negative size; it is x, y, width, height"
+        what = f"has bbox {_short(annotation['bbox'])} with a negative size; it is x, y, width, height"
+        return Problem("bad box", what)
     if not _numbers([annotation.get("area", 0)]):
-        return f"has area {_short(annotation['area'])}; a finite number is needed"
+        return Problem("bad area", f"has area {_short(annotation['area'])}; a finite number is needed")
     if annotation.get("iscrowd", 0) not in (0, 1):
-        return f"has iscrowd {_short(annotation['iscrowd'])}; 0 or 1 is needed"
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        return None
-    if not isinstance(segmentation, list) or not segmentation:
-        return "has no segmentation; polygons or an RLE are needed"
-    if _numbers(segmentation):
-        return "has a flat list as segmentation; a list of polygons is needed"
-    for number, polygon in enumerate(segmentation):
-        if not isinstance(polygon, array) and not _numbers(polygon):
-            return f"polygon {number} is not a list of finite numbers"
-        if len(polygon) % 2 or len(polygon) < 6:
-            return f"polygon {number} has {len(polygon)} numbers; an even count of at least 6 is needed"
-        if not math.isfinite(sum(polygon)):
-            return f"polygon {number} has a coordinate that is not finite"
+        return Problem("bad iscrowd", f"has iscrowd {_short(annotation['iscrowd'])}; 0 or 1 is needed")
     return None
 
 
-def _checked_rle(rle: dict[str, Any], size: tuple[int, int], name: str) -> bytes:
-    runs = rle_counts(rle, size, name)
+def segmentation_problem(segmentation: Any, size: tuple[int, int]) -> Problem | None:
+    """Why polygons or an RLE cannot be given to pycocotools."""
+    if isinstance(segmentation, dict):
+        try:
+            rle_counts(segmentation, size, "")
+        except DatasetError as error:
+            return Problem("bad RLE", error.what.strip())
+        return None
+    if not isinstance(segmentation, list) or not segmentation:
+        return Problem("no mask", "has no segmentation; polygons or an RLE are needed")
+    if _numbers(segmentation):
+        return Problem("flat polygon", "has a flat list as segmentation; a list of polygons is needed")
+    problems = (polygon_problem(number, polygon) for number, polygon in enumerate(segmentation))
+    return next((problem for problem in problems if problem), None)
+
+
+def polygon_problem(number: int, polygon: Any) -> Problem | None:
+    """What is wrong with polygon `number` of an annotation."""
+    if not isinstance(polygon, array) and not _numbers(polygon):
+        return Problem("bad polygon", f"polygon {number} is not a list of finite numbers")
+    if len(polygon) % 2 or len(polygon) < 6:
+        what = f"polygon {number} has {len(polygon)} numbers; an even count of at least 6 is needed"
+        return Problem("short polygon", what)
+    if not math.isfinite(sum(polygon)) and not all(map(math.isfinite, polygon)):
+        return Problem("bad polygon", f"polygon {number} has a coordinate that is not finite")
+    return None
+
+
+def mask_of(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """A sound segmentation as compressed COCO RLE."""
+    if isinstance(segmentation, dict):
+        return {"size": list(size), "counts": _compressed(segmentation, size)}
+    polygons = [list(clamped(polygon, size)) for polygon in segmentation]
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+
+
+def _compressed(rle: dict[str, Any], size: tuple[int, int]) -> bytes:
     counts = rle["counts"]
     if isinstance(counts, str):
         return counts.encode("ascii")
+    runs = np.array(counts, dtype=np.int64)
     return coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
 
 
-def _clamped(polygon: Sequence[float], size: tuple[int, int]) -> Sequence[float]:
+def clamped(polygon: Sequence[float], size: tuple[int, int]) -> Sequence[float]:
     """The polygon within one image size of the image: pycocotools walks along every edge pixel by pixel."""
     height, width = size
     if -min(size) <= min(polygon) and max(polygon) <= 2 * min(size):
@@ -430,43 +526,81 @@ def _frames_as_images(content: dict[str, Any], source: str) -> tuple[dict[str, A
 
     A file without annotations, as the official one of the validation set, is one without objects.
     """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
     videos: dict[int, Video] = {}
-    try:
-        for number, video in enumerate(content["videos"]):
-            key, names = video["id"], video["file_names"]
-            if not _whole(key) or key in videos:
-                raise _no_video_file(source, f"videos[{number}] has the id {_short(key)}, which is used or no number")
-            height, width = video["height"], video["width"]
-            videos[key] = Video(key, (height, width), len(names), len(images) + 1)
-            images += [
-                {"id": len(images) + 1 + i, "file_name": name, "height": height, "width": width}
-                for i, name in enumerate(names)
-            ]
-        tracks: set[int] = set()
-        for number, track in enumerate(content.get("annotations") or []):
-            key, where = track["id"], f"annotations[{number}]"
-            if not _whole(key) or key in tracks:
-                raise _no_video_file(source, f"{where} has the id {_short(key)}, which is used or no number")
-            tracks.add(key)
-            if track["video_id"] not in videos:
-                raise _no_video_file(source, f"{where} belongs to video {_short(track['video_id'])}, which it lacks")
-            video = videos[track["video_id"]]
-            masks, boxes = track["segmentations"], track["bboxes"]
-            areas = track.get("areas") or [None] * video.num_frames
-            if not len(masks) == len(boxes) == len(areas) == video.num_frames:
-                lengths = f"{len(masks)} segmentations, {len(boxes)} bboxes and {len(areas)} areas"
-                raise _no_video_file(source, f"{where} has {lengths}; video {video.id} has {video.num_frames} frames")
-            for i, (mask, box, area) in enumerate(zip(masks, boxes, areas, strict=True)):
-                if mask is not None:
-                    one = {"id": len(annotations) + 1, "image_id": video.first + i, "category_id": track["category_id"]}
-                    one |= {"segmentation": mask, "bbox": box, "iscrowd": track.get("iscrowd", 0), _TRACK: key}
-                    annotations.append(one | ({} if area is None else {"area": area}))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _no_video_file(source, repr(error)) from None
-    coco = {"images": images, "annotations": annotations, "categories": content.get("categories")}
-    return coco, tuple(videos.values())
+    first = 1
+    for part in ("videos", "annotations"):
+        if not isinstance(content.get(part) or [], list):
+            raise _no_video_file(source, f"'{part}' is not a list")
+    for number, video in enumerate(content["videos"]):
+        problem = video_problem(number, video, videos)
+        if problem:
+            raise _no_video_file(source, problem.what)
+        frames = len(video["file_names"])
+        videos[video["id"]] = Video(video["id"], (video["height"], video["width"]), frames, first)
+        first += frames
+    tracks: set[int] = set()
+    for number, track in enumerate(content.get("annotations") or []):
+        problem = track_problem(number, track, videos, tracks)
+        if problem:
+            raise _no_video_file(source, problem.what)
+        tracks.add(track["id"])
+    return frames_of(content, videos), tuple(videos.values())
+
+
+def video_problem(number: int, video: Any, known: Container[int]) -> Problem | None:
+    """Why `videos[number]` of a YouTube-VIS file is none, if those before have the ids `known`; stops the reader."""
+    if not isinstance(video, dict) or not _whole(video.get("id")) or video["id"] in known:
+        key = _short(video.get("id") if isinstance(video, dict) else video)
+        return Problem("bad video", f"videos[{number}] has the id {key}, which is used or no number")
+    missing = [key for key in ("file_names", "height", "width") if key not in video]
+    if missing or not isinstance(video["file_names"], list):
+        return Problem("bad video", f"videos[{number}] has no {some(missing) or 'list file_names'}")
+    return None
+
+
+def track_problem(number: int, track: Any, videos: Mapping[int, Video], known: Container[int]) -> Problem | None:
+    """Why `annotations[number]` of a YouTube-VIS file is no track of one of the `videos`; stops the reader."""
+    where = f"annotations[{number}]"
+    if not isinstance(track, dict) or not _whole(track.get("id")) or track["id"] in known:
+        key = _short(track.get("id") if isinstance(track, dict) else track)
+        return Problem("bad track", f"{where} has the id {key}, which is used or no number")
+    if not _whole(track.get("video_id")) or track["video_id"] not in videos:
+        return Problem("bad track", f"{where} belongs to video {_short(track.get('video_id'))}, which it lacks")
+    video = videos[track["video_id"]]
+    parts = {
+        "segmentations": track.get("segmentations"),
+        "bboxes": track.get("bboxes"),
+        "areas": track.get("areas") or [None] * video.num_frames,
+    }
+    missing = [name for name, part in parts.items() if not isinstance(part, list)]
+    if missing or "category_id" not in track:
+        return Problem("bad track", f"{where} has no " + (f"list {missing[0]}" if missing else "category_id"))
+    if not all(len(part) == video.num_frames for part in parts.values()):
+        masks, boxes, areas = map(len, parts.values())  # type: ignore[arg-type]
+        lengths = f"{masks} segmentations, {boxes} bboxes and {areas} areas"
+        return Problem("bad track", f"{where} has {lengths}; video {video.id} has {video.num_frames} frames")
+    return None
+
+
+def frames_of(content: dict[str, Any], videos: Mapping[int, Video]) -> dict[str, Any]:
+    """Sound videos and tracks as images and annotations of COCO format, annotations in the order of tracks."""
+    images: list[dict[str, Any]] = []
+    for video in content["videos"]:
+        height, width = videos[video["id"]].size
+        images += [
+            {"id": len(images) + 1 + i, "file_name": name, "height": height, "width": width}
+            for i, name in enumerate(video["file_names"])
+        ]
+    annotations: list[dict[str, Any]] = []
+    for track in content.get("annotations") or []:
+        first = videos[track["video_id"]].first
+        areas = track.get("areas") or [None] * len(track["bboxes"])
+        for i, (mask, box, area) in enumerate(zip(track["segmentations"], track["bboxes"], areas, strict=True)):
+            if mask is not None:
+                one = {"id": len(annotations) + 1, "image_id": first + i, "category_id": track["category_id"]}
+                one |= {"segmentation": mask, "bbox": box, "iscrowd": track.get("iscrowd", 0), TRACK: track["id"]}
+                annotations.append(one | ({} if area is None else {"area": area}))
+    return {"images": images, "annotations": annotations, "categories": content.get("categories")}
 
 
 def _no_video_file(source: str, why: str) -> DatasetError:
@@ -477,8 +611,8 @@ def _named(annotation: Mapping[str, Any], image: int | None, images: _Images) ->
     key = _short(annotation["id"])
     if image is None:
         return f"annotation {key}"
-    if _TRACK in annotation:
-        return f"annotation {annotation[_TRACK]} (frame '{images.names[image]}')"
+    if TRACK in annotation:
+        return f"annotation {annotation[TRACK]} (frame '{images.names[image]}')"
     return f"annotation {key} (image {annotation['image_id']}, '{images.names[image]}')"
 
 
