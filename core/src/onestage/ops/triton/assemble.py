@@ -26,6 +26,7 @@ from onestage.ops.triton.plan import (
     TILE_COLUMNS,
     TILE_ROWS,
     num_programs,
+    on_its_gpu,
     owner_of_tile,
     padded_count,
     store_ends,
@@ -42,6 +43,7 @@ TILE_WARPS = 8
 FIXED_ROWS = 12  # of the plan, before those of the sub-regions; the order of `_plan_kernel`
 
 
+@on_its_gpu
 def assemble_masks_triton(
     basis: Tensor,
     coefficients: Tensor,
@@ -83,6 +85,7 @@ def assemble_masks_triton(
     return image_windows, words
 
 
+@on_its_gpu
 def assemble_soft_triton(
     basis: Tensor,
     coefficients: Tensor,

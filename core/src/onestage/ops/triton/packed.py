@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from onestage.ops.triton.check import KernelCase
-from onestage.ops.triton.plan import plan_windows
+from onestage.ops.triton.plan import on_its_gpu, plan_windows
 
 ROWS, COLUMNS = 32, 128  # pixels of a program
 
 
+@on_its_gpu
 def dense_masks_triton(windows: Tensor, words: Tensor, size: tuple[int, int]) -> Tensor:
     """Kernel of `dense_masks`, with its arguments and its result."""
     dense = torch.empty(len(windows), *size, dtype=torch.bool, device=words.device)

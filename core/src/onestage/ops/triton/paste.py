@@ -20,6 +20,7 @@ from onestage.ops.triton.plan import (
     TILE_COLUMNS,
     TILE_ROWS,
     num_programs,
+    on_its_gpu,
     owner_of_tile,
     padded_count,
     store_ends,
@@ -31,6 +32,7 @@ from onestage.ops.triton.plan import (
 TILE_WARPS = 8
 
 
+@on_its_gpu
 def paste_masks_triton(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor]:
@@ -43,6 +45,7 @@ def paste_masks_triton(
     return _paste(probabilities, boxes, size, threshold, words, None), words
 
 
+@on_its_gpu
 def paste_soft_triton(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Kernels of `paste_soft`, with its arguments and its result."""
     soft = torch.zeros(len(boxes), *size, dtype=torch.float32, device=boxes.device)

@@ -8,6 +8,10 @@ words cost an eighth of a byte for each pixel of N images (13 MB for 100 masks o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +24,20 @@ TILE_ROWS = 32  # a packed word holds 32 pixels of a column
 TILE_COLUMNS = 64
 PLAN_BLOCK = 128  # windows that the planning program takes at a time
 PROGRAMS_PER_SM = 4
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def on_its_gpu(launch: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Makes the GPU of the first argument the current one: that is where Triton launches, wherever tensors lie."""
+
+    @wraps(launch)
+    def guarded(first: Tensor, /, *rest: Rest.args, **how: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest, **how)
+
+    return guarded
 
 
 def plan_windows(windows: Tensor) -> Tensor:

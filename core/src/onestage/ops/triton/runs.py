@@ -15,12 +15,13 @@ from torch import Tensor
 
 from onestage.ops.packed import word_capacity
 from onestage.ops.triton.check import KernelCase
-from onestage.ops.triton.plan import num_programs, owner_of_tile, padded_count
+from onestage.ops.triton.plan import num_programs, on_its_gpu, owner_of_tile, padded_count
 
 BLOCK = 1024  # words of one mask that are looked at together
 SUM_BLOCK = 1024
 
 
+@on_its_gpu
 def mask_changes_triton(windows: Tensor, words: Tensor, size: tuple[int, int], capacity: int) -> tuple[Tensor, Tensor]:
     """Kernels of `mask_changes`, with its arguments and its result."""
     device, count = words.device, len(windows)
