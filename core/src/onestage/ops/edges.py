@@ -9,6 +9,7 @@ are *inclusive*: xyxy, image pixels, x2 and y2 the last pixel inside.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from onestage.masks import Masks
 from onestage.ops.assemble import Size, assemble_masks_torch
-from onestage.ops.dispatch import refuse_forced_kernel
+from onestage.ops.dispatch import wants_triton
+from onestage.ops.packed import pack_windows, word_capacity
 
 PRIOR_CUT = 0.0044  # the prior is 0 where it is not larger: beyond 3.294 deviations
 LEAST_DEVIATION = 1.0  # pixels
@@ -66,18 +68,53 @@ def assemble_with_profiles(
     Returns:
         N masks of `output_size` and their profiles.
     """
-    refuse_forced_kernel("edges")
+    how: dict[str, Any] = {
+        "upsample": upsample,
+        "threshold": threshold,
+        "valid_size": valid_size,
+        "output_size": output_size,
+        "align_corners": align_corners,
+    }
+    if wants_triton(basis) or torch.compiler.is_compiling():
+        image_windows, words, profiles = _profiles_op(basis, coefficients, windows, **how)
+        return Masks(output_size, image_windows, words), _split(profiles, len(windows), output_size)
     with torch.autocast(basis.device.type, enabled=False):
-        return assemble_with_profiles_torch(
-            basis,
-            coefficients,
-            windows,
-            upsample=upsample,
-            threshold=threshold,
-            valid_size=valid_size,
-            output_size=output_size,
-            align_corners=align_corners,
-        )
+        return assemble_with_profiles_torch(basis, coefficients, windows, **how)
+
+
+@torch.library.custom_op(
+    "onestage::assemble_with_profiles",
+    mutates_args=(),
+    schema="(Tensor basis, Tensor coefficients, Tensor windows, *, int upsample, float threshold, int[]? valid_size, "
+    "int[] output_size, bool align_corners) -> (Tensor, Tensor, Tensor)",
+)
+def _profiles_op(basis: Tensor, coefficients: Tensor, windows: Tensor, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows and words as of `assemble_masks`, and both profiles in one vector [N * (W + H)], the columns' first."""
+    how = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
+    if wants_triton(basis):
+        from onestage.ops.triton.edges import assemble_with_profiles_triton
+
+        return assemble_with_profiles_triton(basis, coefficients, windows, **how)
+    with torch.autocast(basis.device.type, enabled=False):
+        masks, profiles = assemble_with_profiles_torch(basis, coefficients, windows, **how)
+    words = pack_windows(masks.windows, masks.pixels, word_capacity(len(masks), masks.size))
+    return masks.windows, words, torch.cat((profiles.columns.flatten(), profiles.rows.flatten()))
+
+
+@_profiles_op.register_fake
+def _(
+    basis: Tensor, coefficients: Tensor, windows: Tensor, *, output_size: Size, **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = windows.shape[0]
+    words = windows.new_empty(word_capacity(count, output_size), dtype=torch.int32)
+    profiles = windows.new_empty(count * sum(output_size), dtype=torch.float32)
+    return windows.new_empty(count, 4, dtype=torch.int64), words, profiles
+
+
+def _split(profiles: Tensor, count: int, size: Size) -> Profiles:
+    height, width = size
+    columns, rows = profiles.split((count * width, count * height))
+    return Profiles(columns.view(count, width), rows.view(count, height))
 
 
 @torch.no_grad()
@@ -116,6 +153,34 @@ def refine_boxes(profiles: Profiles, boxes: Tensor, weight: Tensor, bias: Tensor
     """
     if gamma == 0 or len(boxes) == 0:
         return boxes.clone()
+    if wants_triton(boxes) or torch.compiler.is_compiling():
+        inputs = (value.float() for value in (profiles.columns, profiles.rows, boxes, weight, bias))
+        return _refine_op(*inputs, gamma).to(boxes.dtype)
+    return refine_boxes_torch(profiles, boxes, weight, bias, gamma)
+
+
+@torch.library.custom_op(
+    "onestage::refine_boxes",
+    mutates_args=(),
+    schema="(Tensor columns, Tensor rows, Tensor boxes, Tensor weight, Tensor bias, float gamma) -> Tensor",
+)
+def _refine_op(columns: Tensor, rows: Tensor, boxes: Tensor, weight: Tensor, bias: Tensor, gamma: float) -> Tensor:
+    """`refine_boxes` on plain tensors, float32."""
+    if wants_triton(boxes):
+        from onestage.ops.triton.edges import refine_boxes_triton
+
+        return refine_boxes_triton(columns, rows, boxes, weight, bias, gamma, LEAST_DEVIATION, PRIOR_CUT)
+    return refine_boxes_torch(Profiles(columns, rows), boxes, weight, bias, gamma)
+
+
+@_refine_op.register_fake
+def _(columns: Tensor, rows: Tensor, boxes: Tensor, weight: Tensor, bias: Tensor, gamma: float) -> Tensor:
+    return boxes.new_empty(boxes.shape)
+
+
+@torch.no_grad()
+def refine_boxes_torch(profiles: Profiles, boxes: Tensor, weight: Tensor, bias: Tensor, gamma: float) -> Tensor:
+    """Plain-torch twin of `refine_boxes`: defines the result, runs anywhere."""
     refined = boxes.clone()
     for axis, profile in enumerate((profiles.columns, profiles.rows)):
         sides = side_posteriors(profile, boxes[:, axis], boxes[:, axis + 2], weight, bias, gamma)

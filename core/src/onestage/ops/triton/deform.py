@@ -203,7 +203,7 @@ def _deform_kernel(
 def _clamp(position, extent):
     # Beyond one cell outside everything is zero, so clamping there changes nothing; NaN passes both comparisons.
     position = tl.where(position < -1.0, -1.0, position)
-    return tl.where(position > extent, extent.to(tl.float32), position)
+    return tl.where(position > extent, extent * 1.0, position)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ PARTS = 8  # programs that share one window
 BLOCK = 64  # pixels a program takes at a time, of a window
 TILE = (8, 8)  # rows and columns of a program in the backward
 CHUNK = 128  # windows it looks through at a time
-WARPS = ((32, 4), (64, 8))  # by the number of basis maps, which lie in registers
+WARPS = ((32, 4, 4), (64, 8, 16))  # forward and backward, by the number of basis maps, which lie in registers
 
 
 def window_loss_triton(
@@ -56,7 +56,7 @@ def window_loss_triton(
             triton.next_power_of_2(depth),
             BLOCK,
             PARTS,
-            num_warps=_warps(depth),
+            num_warps=_warps(depth)[0],
         )
     return losses.sum(1), pull.sum(1)
 
@@ -92,13 +92,13 @@ def window_loss_backward_triton(
             triton.next_power_of_2(depth),
             *TILE,
             CHUNK,
-            num_warps=_warps(depth),
+            num_warps=_warps(depth)[1],
         )
     return gradient
 
 
-def _warps(depth: int) -> int:
-    return next(warps for most, warps in WARPS if depth <= most)
+def _warps(depth: int) -> tuple[int, int]:
+    return next((forward, backward) for most, forward, backward in WARPS if depth <= most)
 
 
 def _bytes(masks: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ def _backward_kernel(
     while first < num_windows:
         # A chunk of windows is looked through together, for those that meet the tile; these one by one, in their order.
         candidate = first + tl.arange(0, CHUNK)
-        x0, y0, x1, y1 = _sides(windows_ptr, candidate, candidate < num_windows)
-        meets = (x0 < left + COLUMNS) & (x1 > left) & (y0 < top + ROWS) & (y1 > top)
+        lefts, tops, rights, bottoms = _sides(windows_ptr, candidate, candidate < num_windows)
+        meets = (lefts < left + COLUMNS) & (rights > left) & (tops < top + ROWS) & (bottoms > top)
         window = tl.min(tl.where(meets, candidate, num_windows), axis=0)
         while window < num_windows:
             x0, y0, x1, y1 = _sides(windows_ptr, window, True)
@@ -227,8 +227,8 @@ def compile_cases() -> list[KernelCase]:
     given |= {"windows_ptr": "*i64", "index_ptr": "*i64", "masks_ptr": "*u8"}
     given |= {"BLOCK": BLOCK, "PARTS": PARTS, "ROWS": TILE[0], "COLUMNS": TILE[1], "CHUNK": CHUNK}
     cases = []
-    for depth, warps in WARPS:
-        for kernel in (_forward_kernel, _backward_kernel):
+    for depth, *num_warps in WARPS:
+        for kernel, warps in zip((_forward_kernel, _backward_kernel), num_warps, strict=True):
             given |= {"depth": depth, "DEPTH": depth}
             arguments = {name: given.get(name, "*fp32") for name in kernel.arg_names}
             cases.append(KernelCase(f"{depth} maps", kernel, arguments, warps))
