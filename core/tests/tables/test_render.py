@@ -1,3 +1,4 @@
+import html
 import shutil
 import subprocess
 from dataclasses import replace
@@ -155,17 +156,46 @@ def test_page_fits_phones_and_desktops(toy, small, tmp_path):
     if browser is None:
         pytest.skip("no Chromium on this machine: the page's widths were NOT checked")
     page, _, _ = report(toy, small, tmp_path)
-    probe = "<script>document.title = 'width ' + document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
-    (tmp_path / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
-    for width in (500, 1280):  # Chromium's windows are not narrower than 500
-        done = subprocess.run(
-            [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
-            + [str(tmp_path / "probe.html")],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        title = done.stdout.split("<title>")[1].split("</title>")[0]
-        wide, _, inner = title.removeprefix("width ").partition(" of ")
-        assert 0 < int(wide) <= int(inner), title
+    frame = "<iframe style='width: {}px; height: 900px' srcdoc='{}'></iframe>"
+    measure = (
+        "<script>onload = () => document.title = [...document.querySelectorAll('iframe')]"
+        ".map(frame => frame.contentDocument.documentElement.scrollWidth).join()</script>"
+    )
+    frames = [frame.format(width, html.escape(page)) for width in (390, 1280)]  # Chromium's windows start at 500
+    (tmp_path / "frames.html").write_text("<title></title>" + "".join(frames) + measure)
+    done = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        + ["--disable-background-networking", "--no-first-run", "--dump-dom", str(tmp_path / "frames.html")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    phone, desktop = map(int, done.stdout.split("<title>")[1].split("</title>")[0].split(","))
+    assert 0 < phone <= 390
+    assert 390 < desktop <= 1280
+
+
+def test_claims_without_numbers_stand_apart(toy, small, tmp_path):
+    page, _, _ = report(toy, small, tmp_path)
+    shown, _, folded = page.partition("<summary>1 claim not run</summary>")
+    assert '<li class="undecided">' in shown
+    assert '<li class="not-run">' in folded
+    assert '<li class="not-run">' not in shown
+
+
+def test_sizes_of_networks_come_from_their_record(toy, small, tmp_path):
+    sizes = {"variant": "r50", "input": [64, 96], "parameters": 33_140_000, "multiply_adds": 182_450_000_000}
+    measured = {
+        "kind": "networks",
+        "file": "networks-1.json",
+        "config": {"protocol": {"image": [480, 640]}},
+        "results": [{"package": "toy", **sizes}, {"package": "other", **sizes}],
+        "code": {"commit": "f" * 40},
+    }
+    page, _ = write_report([(toy, toy.tables()[0])], [measured], small, [0], tmp_path, "x")
+    text = page.with_suffix(".md").read_text()
+    assert text.count("| 64 x 96 | 33.1 | 182.4 |") == 1
+    for content in (text, page.read_text()):
+        assert "networks-1.json" in content
+        assert "640 x 480 image" in content

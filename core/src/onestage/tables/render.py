@@ -35,6 +35,7 @@ RULE = (
 SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MAX_CURVES, MAX_SIDE_BY_SIDE = 6, 8
 DASH = "-"
+NETWORKS = "The networks: parameters and multiply-adds"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def write_report(
 
     Args:
         tables: What the page shows.
-        records: Those that belong to its rows are found by key.
+        records: Those that belong to its rows are found by key; the last one of kind "networks" gives the sizes of the
+            packages' networks.
         settings: Of the runs.
         seeds: Which may have been run.
         folder: Where to; its `pictures` are taken into the page.
@@ -108,6 +110,7 @@ def write_report(
     Returns:
         The HTML file, and how many claims came to which verdict.
     """
+    records = list(records)
     by_key = {record["key"]: record for record in records if "key" in record}
     views, judged = [], []
     missing = missing or {}
@@ -132,6 +135,8 @@ def write_report(
         "tiles": _tiles(views, counts),
         "tables": views,
         "packages": list(dict.fromkeys(view["package"] for view in views)),
+        "networks_title": NETWORKS,
+        "networks": _networks(records, {method.name: method for method, _ in tables}),
     }
     page = folder / f"{name}.html"
     write_atomically(page, template("onestage.tables", "tables.html").render(values).encode())
@@ -223,7 +228,7 @@ def markdown(values: Mapping[str, Any]) -> str:
                 f"- **{claim['verdict']}**: {claim['higher']} over {claim['lower']} in {claim['column']}:"
                 f" paper {claim['paper']}, ours {claim['ours']}" + (f" ({claim['note']})" if claim["note"] else "")
             )
-        lines += ["", *(f"Note: {note}" for note in table["notes"]), ""]
+        lines += ["", *(f"- Note: {note}" for note in table["notes"]), ""]
         if table["provenance"]:
             lines += ["| record | commit | device | steps | seconds |", "| --- | --- | --- | --- | --- |"]
             lines += [
@@ -231,6 +236,11 @@ def markdown(values: Mapping[str, Any]) -> str:
                 for p in table["provenance"]
             ]
             lines.append("")
+    if networks := values["networks"]:
+        lines += [f"## {NETWORKS}", "", networks["about"], "", "| network | input | parameters, M | multiply-adds, G |"]
+        lines += ["| --- | --- | --- | --- |"]
+        lines += [f"| {name} | {size} | {count} | {cost} |" for name, size, count, cost in networks["rows"]]
+        lines += ["", f"Record: {networks['file']}, commit {networks['commit']}.", ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
@@ -378,6 +388,29 @@ def _provenance(name: str, result: Result) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _networks(records: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Sizes of the packages' networks from the last record that has them; nothing where none has."""
+    record = next((record for record in reversed(records) if record.get("kind") == "networks"), None)
+    found = [] if record is None else [entry for entry in record["results"] if entry["package"] in methods]
+    if record is None or not found:
+        return {}
+    height, width = record["config"]["protocol"]["image"]
+    rows = [
+        (
+            f"{methods[entry['package']].title.partition(' (')[0]} {entry['variant']}",
+            " x ".join(map(str, entry["input"])),
+            f"{entry['parameters'] / 1e6:.1f}",
+            f"{entry['multiply_adds'] / 1e9:.1f}",
+        )
+        for entry in found
+    ]
+    about = (
+        f"Of the variants that the packages name, each at its own size of a {width} x {height} image. Counted, not"
+        " timed; what follows the dense maps (NMS, assembling masks, decoding them) is left out."
+    )
+    return {"rows": rows, "about": about, "file": record.get("file", ""), "commit": record["code"]["commit"][:12]}
 
 
 def _data_text(data: Mapping[str, Any]) -> str:
