@@ -125,6 +125,13 @@ for _what in [*(f"table{number}" for number in range(1, 9)), "figure5", "all"]:
     reproduces(_what)
 
 
+@nox.session
+def figures(session: nox.Session) -> None:
+    """Draw sheets after the papers' figures on generated images; some want trainings that reproduce-tableN leaves."""
+    install_development(session)
+    session.run("python", "benchmarks/figures.py", *session.posargs)
+
+
 def split_arguments(session: nox.Session) -> tuple[list[str], list[str]]:
     """The package names that stand first after `--`, and the other arguments."""
     arguments = list(session.posargs)
