@@ -4,11 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from onestage.data.ytvis import FramePairs
 from onestage.engine.checkpoint import load_weights
-from onestage.tables.plan import Job, Settings
+from onestage.errors import DatasetError
+from onestage.tables.plan import Job, Settings, data_of, entry_of
 from onestage.tables.record import read_records
 from onestage.tables.reproduce import plan_jobs, run_jobs
-from onestage.tables.work import loss_curve, main, work
+from onestage.tables.work import loss_curve, main, open_data, work
 
 
 def test_job_survives_its_file(tmp_path, small):
@@ -105,6 +107,23 @@ def test_real_data_and_their_weights_again(rows, coco, tmp_path):
     (again,) = read_records(tmp_path / "b" / "records")
     assert again["training"]["weights_sha256"] == record["training"]["weights_sha256"]
     assert again["ours"]["segm/AP"] == record["ours"]["segm/AP"]
+
+
+def test_rows_on_videos_train_on_pairs_of_frames_of_generated_clips(toy, small):
+    table = replace(toy.tables()[0], data="ytvis")
+    entry = entry_of(replace(toy, is_video=lambda config: True), table, table.row("1x1"), small, 0)
+    train_set, val_set = open_data(entry, small)
+    assert isinstance(train_set, FramePairs)
+    assert len(train_set) == 4 * train_set.own_videos().videos[0].num_frames  # clips, as many as `limit` says
+    assert len(val_set.videos) == 4
+    assert val_set.videos[0].size == (32, 32)
+    assert train_set[0][1].reference is not None
+
+
+def test_table_on_videos_refuses_a_folder_of_images(toy, coco):
+    table = replace(toy.tables()[0], data="ytvis")
+    with pytest.raises(DatasetError, match="layout of images"):
+        data_of(table, Settings(profile="full", data=str(coco)))
 
 
 def test_error_is_left_for_the_one_who_started_the_process(tmp_path, small, toy, capsys):
