@@ -93,4 +93,6 @@ def sessions() -> set[str]:
     """Functions of noxfile.py that are sessions, and the names that it gives them."""
     text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
     names = re.findall(r"^@nox\.session.*\ndef (\w+)\(", text, re.MULTILINE)
+    (tables,) = re.findall(r"^TABLES = \((.*)\)$", text, re.MULTILINE)
+    names += [f"reproduce-{name}" for name in re.findall(r'"(\w+)"', tables)]
     return {*names, *re.findall(r'^@nox\.session\(name="([\w-]+)"\)', text, re.MULTILINE)}
