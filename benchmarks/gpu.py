@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,10 +45,12 @@ class Step:
     takes_output: bool = True
 
 
+# Other versions of libraries may warn of other things than ours do, which is no failure of a kernel.
+PYTEST = ("-W", "default", "-p", "no:cacheprovider", *(("-n", "4") if find_spec("xdist") else ()))
 IMAGES = ("benchmarks/images.py", "--image-size", "800", "1333", "--memory")
 PARTS = {
     1: (
-        Step("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS), 0.5, takes_output=False),
+        Step("tests", ("-m", "pytest", "-q", *PYTEST, *TESTS), 0.5, takes_output=False),
         Step("kernels", ("benchmarks/kernels.py",), 1.0),
     ),
     2: (

@@ -36,6 +36,18 @@ def test_the_same_number_of_candidates_enters_nms(package, images):
 
 
 @torch.no_grad()
+def test_in_bfloat16_about_as_many_enter(images):
+    with torch.autocast("cpu", torch.bfloat16):
+        model = images.lively("sipmask:demo", IMAGE)
+        count = images.admit(model, IMAGE)
+        torch.clear_autocast_cache()  # a cast weight from before it was scaled would be noticed
+        with images.counted_candidates() as counts:
+            model.detect([IMAGE], masks=False)
+    assert abs(count - 200) <= 20
+    assert counts == [count]
+
+
+@torch.no_grad()
 def test_a_run_records_times_stages_and_ratios(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(images, "NUM_INSTANCES", 20)
     config = import_module("sais.method").METHOD.variants["demo"]
@@ -67,7 +79,9 @@ def test_ratios_compare_equal_forms_only(images):
 
 
 def test_another_number_of_candidates_stops_a_model_and_no_other(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(images, "own_side", lambda name, *_: images.Side(name, {"boxes": lambda: 0}, 220, 1.0, None))
+    monkeypatch.setattr(
+        images, "own_side", lambda name, *_: images.Side(name, {"boxes": lambda: 0}, 220, 100, 1.0, None)
+    )
     monkeypatch.setattr("sys.argv", ["images.py", "--models", "sais:demo", "--peers", "--output", str(tmp_path)])
     assert images.main() == 1
     assert "sais:demo failed: AssertionError: 220 candidates" in capsys.readouterr().out

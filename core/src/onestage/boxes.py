@@ -2,7 +2,8 @@
 
 Boxes are xyxy, the last axis of a float tensor, in any frame. They are *exclusive* (width = x2 - x1) unless `legacy`
 is set: then x2 and y2 are the last pixel inside and width = x2 - x1 + 1. Released weights of several papers were
-trained in legacy geometry, and a box loss or NMS in the other geometry changes their results.
+trained in legacy geometry, and a box loss or NMS in the other geometry changes their results. No constant is copied to
+a GPU, for the host would wait for it.
 """
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 
 def to_legacy(boxes: Tensor) -> Tensor:
     """Exclusive boxes [..., 4] as legacy ones in the same frame: x2 and y2 become the last pixel inside."""
-    return boxes - boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return torch.cat((boxes[..., :2], boxes[..., 2:] - 1.0), -1)
 
 
 def from_legacy(boxes: Tensor) -> Tensor:
     """Legacy boxes [..., 4] as exclusive ones in the same frame."""
-    return boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return torch.cat((boxes[..., :2], boxes[..., 2:] + 1.0), -1)
 
 
 def scale(boxes: Tensor, factors: tuple[float, float]) -> Tensor:
@@ -27,7 +28,8 @@ def scale(boxes: Tensor, factors: tuple[float, float]) -> Tensor:
         factors: (vertical, horizontal), target pixels per source pixel: `ImageFrame.scale` leads from image to input.
     """
     vertical, horizontal = factors
-    return boxes * boxes.new_tensor([horizontal, vertical, horizontal, vertical])
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack((x1 * horizontal, y1 * vertical, x2 * horizontal, y2 * vertical), dim=-1)
 
 
 def clip(boxes: Tensor, size: tuple[int, int], legacy: bool = False) -> Tensor:

@@ -137,7 +137,10 @@ class Masks:
         return torch.cat((areas.new_zeros(1), areas.cumsum(0)))
 
     def to(self, device: torch.device | str) -> Masks:
-        return Masks(self.size, self.windows.to(device), self.stored.to(device))
+        windows, stored = self.windows.to(device), self.stored
+        if self.is_packed and windows.device.type == "cpu":
+            stored = stored[: int(num_words(windows).sum())]  # the room behind the windows does not travel
+        return Masks(self.size, windows, stored.to(device))
 
     def area(self) -> Tensor:
         """[N] int64, pixels of each mask."""

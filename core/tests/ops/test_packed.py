@@ -36,6 +36,13 @@ def test_packing_and_back():
     assert len(unpack_windows(WINDOWS[:0], words[:0])) == 0
 
 
+def test_the_room_behind_the_windows_does_not_travel_to_the_host():
+    masks = random_masks()
+    moved = Masks(SIZE, WINDOWS, pack_windows(WINDOWS, masks.pixels, 1000)).to("cpu")
+    assert len(moved.stored) == 143
+    assert torch.equal(moved.to_bool(), masks.to_bool())
+
+
 def test_there_is_room_for_masks_as_large_as_the_image():
     whole = torch.tensor([[0, 0, 45, 70]]).expand(3, 4)
     assert int(num_words(whole).sum()) == word_capacity(3, SIZE) == 3 * 45 * 3

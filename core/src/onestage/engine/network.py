@@ -76,13 +76,7 @@ class GraphedNetwork:
 
     def _capture(self, pixels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
         stored = pixels.clone()
-        # Weights cast by an outer autocast would be freed with it: casting belongs into the graph.
-        autocast = torch.autocast(
-            "cuda",
-            torch.get_autocast_dtype("cuda"),
-            enabled=torch.is_autocast_enabled("cuda"),
-            cache_enabled=False,
-        )
+        autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"))
         stream = torch.cuda.Stream(pixels.device)
         stream.wait_stream(torch.cuda.current_stream(pixels.device))
         with torch.cuda.stream(stream), torch.no_grad(), autocast:
@@ -90,8 +84,11 @@ class GraphedNetwork:
                 self.network(stored)
         torch.cuda.current_stream(pixels.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # Weights cast before the capture would be freed with an outer autocast: casting belongs into the graph.
+        torch.clear_autocast_cache()
         with torch.no_grad(), autocast, torch.cuda.graph(graph):
             outputs = self.network(stored)
+        torch.clear_autocast_cache()
         return graph, stored, outputs
 
 

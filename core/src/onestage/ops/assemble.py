@@ -46,7 +46,7 @@ def crop_window(
         [N, 4] int64 x0, y0, x1, y1, half-open, inside the grid; empty windows have x0 == x1 or y0 == y1.
     """
     height, width = extent
-    limit = boxes.new_tensor([width, height])
+    limit = torch.cat((boxes.new_full((1,), width), boxes.new_full((1,), height)))  # no copy from the host
     low, high = boxes[:, :2], boxes[:, 2:]
     if rule != "half_open":
         low, high = torch.minimum(low, high), torch.maximum(low, high)

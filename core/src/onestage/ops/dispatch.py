@@ -40,20 +40,6 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def refuse_forced_kernel(op: str) -> None:
-    """Raises where the user asks for a kernel that is not there.
-
-    Args:
-        op: Name of the op's module.
-
-    Raises:
-        UsageError: `ONESTAGE_KERNELS` has a value that does not exist.
-        MachineError: "triton", since `op` has no kernel.
-    """
-    if _choice() == "triton":
-        raise MachineError(f"ONESTAGE_KERNELS is 'triton', but '{op}' has no Triton kernel", "unset ONESTAGE_KERNELS")
-
-
 def _choice() -> str:
     choice = os.environ.get("ONESTAGE_KERNELS", "auto")
     if choice not in ("auto", "torch", "triton"):

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onestage.ops.triton.check import KernelCase
+from onestage.ops.triton.plan import on_its_gpu
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps). Half types use the tensor cores; one program over all 256 channels gathers once.
 HALF_WIDE = (64, 256, 32, 8)
@@ -24,6 +25,7 @@ WIDE_FROM = 128  # output channels of a weight group
 NUM_STAGES = 2
 
 
+@on_its_gpu
 def deform_conv2d_triton(
     x: Tensor,
     offset: Tensor,

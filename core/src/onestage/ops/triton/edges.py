@@ -18,6 +18,7 @@ from torch import Tensor
 from onestage.ops.assemble import Size
 from onestage.ops.triton.assemble import assemble_masks_triton
 from onestage.ops.triton.check import KernelCase
+from onestage.ops.triton.plan import on_its_gpu
 
 BLOCK = 128  # positions that a program looks at together
 NUM_WARPS = 1
@@ -43,6 +44,7 @@ def assemble_with_profiles_triton(
     return image_windows, words, profiles.sigmoid_()
 
 
+@on_its_gpu
 def refine_boxes_triton(
     columns: Tensor,
     rows: Tensor,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onestage.ops.triton.check import KernelCase
+from onestage.ops.triton.plan import on_its_gpu
 
 PARTS = 8  # programs that share one window
 BLOCK = 64  # pixels a program takes at a time, of a window
@@ -22,6 +23,7 @@ CHUNK = 128  # windows it looks through at a time
 WARPS = ((32, 4, 4), (64, 8, 16))  # forward and backward, by the number of basis maps, which lie in registers
 
 
+@on_its_gpu
 def window_loss_triton(
     basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +63,7 @@ def window_loss_triton(
     return losses.sum(1), pull.sum(1)
 
 
+@on_its_gpu
 def window_loss_backward_triton(
     upstream: Tensor, basis: Tensor, weights: Tensor, windows: Tensor, masks: Tensor, mask_index: Tensor
 ) -> Tensor:
