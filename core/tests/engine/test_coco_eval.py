@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,17 @@ def test_a_better_scored_detection_on_an_image_without_instances_halves_precisio
     evaluator.add(3, found((2, 2, 10), scores=[0.9], labels=[0]))
     evaluator.add(8, found((2, 2, 10), scores=[0.95], labels=[0]))
     assert evaluator.summarize()["segm/AP"] == pytest.approx(0.5)
+
+
+def test_packed_masks_are_counted_where_they_lie(monkeypatch):
+    detections = found((2, 2, 10), (1, 2, 3), scores=[0.75, 0.5], labels=[0, 1])
+    of_pixels, of_words = (CocoEvaluator(ground_truth(), CATEGORIES) for _ in range(2))
+    of_pixels.add(3, detections)
+    assert detections.masks is not None
+    packed = Masks((20, 20), detections.masks.windows, detections.masks.words)
+    monkeypatch.delattr(Masks, "to")  # on a GPU it would copy what run lengths make needless
+    of_words.add(3, replace(detections, masks=packed))
+    assert of_words.results() == of_pixels.results()
 
 
 def test_results_are_plain_json_with_the_data_sets_ids():

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,13 @@ class CocoEvaluator:
         self._by_image: dict[int, list[dict[str, Any]]] = {}
 
     def add(self, image_id: int, detections: Detections) -> None:
-        """Takes over one image's detections; those added for it before are replaced."""
+        """Takes over one image's detections; those added for it before are replaced.
+
+        Args:
+            detections: On any device: from a GPU only the run lengths of their masks are copied.
+        """
+        rles = detections.masks.to_rle() if detections.masks is not None and "segm" in self.iou_types else None
+        detections = replace(detections, masks=None, soft_masks=None).to("cpu")
         boxes = detections.boxes.double()
         sizes = boxes[:, 2:] - boxes[:, :2]
         columns = {
@@ -60,8 +67,8 @@ class CocoEvaluator:
             "bbox": [corner + size for corner, size in zip(boxes[:, :2].tolist(), sizes.tolist(), strict=True)],
             "score": detections.scores.tolist(),
         }
-        if detections.masks is not None and "segm" in self.iou_types:
-            columns["segmentation"] = detections.masks.to_rle()
+        if rles is not None:
+            columns["segmentation"] = rles
         if detections.mask_scores is not None:
             columns["mask_score"] = detections.mask_scores.tolist()
         rows = zip(*columns.values(), strict=True)

@@ -82,7 +82,6 @@ def evaluate(
         for images, targets in loader:
             found = model.detect([image.to(where, non_blocking=True) for image in images])
             for target, detections in zip(targets, found, strict=True):
-                detections = detections.to("cpu")
                 evaluator.add(target.image_id, detections)
                 if detections.unrefined_boxes is not None and "bbox" in iou_types:
                     before.add(target.image_id, replace(detections, boxes=detections.unrefined_boxes, masks=None))
