@@ -567,7 +567,7 @@ def track_problem(number: int, track: Any, videos: Mapping[int, Video], known: C
     if not _whole(track.get("video_id")) or track["video_id"] not in videos:
         return Problem("bad track", f"{where} belongs to video {_short(track.get('video_id'))}, which it lacks")
     video = videos[track["video_id"]]
-    parts = {
+    parts: dict[str, Any] = {
         "segmentations": track.get("segmentations"),
         "bboxes": track.get("bboxes"),
         "areas": track.get("areas") or [None] * video.num_frames,
@@ -576,7 +576,7 @@ def track_problem(number: int, track: Any, videos: Mapping[int, Video], known: C
     if missing or "category_id" not in track:
         return Problem("bad track", f"{where} has no " + (f"list {missing[0]}" if missing else "category_id"))
     if not all(len(part) == video.num_frames for part in parts.values()):
-        masks, boxes, areas = map(len, parts.values())  # type: ignore[arg-type]
+        masks, boxes, areas = map(len, parts.values())
         lengths = f"{masks} segmentations, {boxes} bboxes and {areas} areas"
         return Problem("bad track", f"{where} has {lengths}; video {video.id} has {video.num_frames} frames")
     return None
