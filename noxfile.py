@@ -84,6 +84,21 @@ def measure(session: nox.Session, script: str) -> None:
 
 
 @nox.session
+def hostile(session: nox.Session) -> None:
+    """Try thousands of malformed files of every kind and write a record: `-- --cases 2400`."""
+    install_development(session)
+    session.run("python", "benchmarks/hostile.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the API's documentation from docstrings, and the pages of docs/, into site/."""
+    install_development(session)
+    session.install(*dependency_group("docs"), "--constraint", "constraints.txt")
+    session.run("python", "docs/build.py", *session.posargs)
+
+
+@nox.session
 def install(session: nox.Session) -> None:
     """Install each package into fresh environments in every way users do, and run it from several folders."""
     install_development(session)

@@ -296,6 +296,14 @@ def _sniff(path: Path, package: str | None) -> Literal["safetensors", "torch", "
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(path):  # its directory stands at the end
             raise _cut_short(path, size, again)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
+            raise WeightsError(f"weights '{path}' are damaged or cut short ({error})", again) from error
+        if unpacked > (1 << 20) + 20 * size:  # torch does not compress, and weights hardly shrink
+            what = f"weights '{path}' unpack from {size:,} to {unpacked:,} bytes, which no weights do"
+            raise WeightsError(what, again)
         return "torch"
     if head.startswith(_LEGACY_TORCH):
         return "torch"
