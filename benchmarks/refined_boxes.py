@@ -57,7 +57,7 @@ def main() -> None:
         runs.append(result)
         sides += moved
         for name in PAPER:
-            print(seed, f"{name:10}", " ".join(f"{key} {result[name][key]:5.1f}" for key in COLUMNS), flush=True)
+            print(seed, f"{name:10}", " ".join(f"{key} {shown(result[name][key])}" for key in COLUMNS), flush=True)
     body = {
         "kind": "accuracy",
         "split": "100 generated images",
@@ -106,7 +106,7 @@ def one_seed(seed: int, arguments: argparse.Namespace) -> tuple[dict[str, Any], 
             evaluators[name].add(target.image_id, seen.refined(boxes))
         sides += moved_sides(seen, refined, box_ops.to_legacy(target.boxes))
     result: dict[str, Any] = {
-        name: {key: 100 * evaluator.summarize()[f"bbox/{key}"] for key in COLUMNS}
+        name: {key: percent(evaluator.summarize()[f"bbox/{key}"]) for key in COLUMNS}
         for name, evaluator in evaluators.items()
     }
     result |= {"seed": seed, "mask AP": 100 * trained.metrics["segm/AP"], "seconds of training": trained.seconds}
@@ -141,8 +141,21 @@ def summary(sides: list[Side]) -> dict[str, float]:
     }
 
 
-def mean(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    return {name: {key: sum(run[name][key] for run in runs) / len(runs) for key in COLUMNS} for name in PAPER}
+def shown(value: float | None) -> str:
+    return "    -" if value is None else f"{value:5.1f}"
+
+
+def percent(value: float) -> float | None:
+    """None for the evaluation's -1: no instance of that size."""
+    return None if value < 0 else 100 * value
+
+
+def mean(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    found = {name: {key: [run[name][key] for run in runs] for key in COLUMNS} for name in PAPER}
+    return {
+        name: {key: None if None in values else sum(values) / len(values) for key, values in columns.items()}
+        for name, columns in found.items()
+    }
 
 
 def draw(sides: list[Side], path: Path) -> None:
