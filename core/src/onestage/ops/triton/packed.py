@@ -13,6 +13,7 @@ from onestage.ops.triton.check import KernelCase
 from onestage.ops.triton.plan import on_its_gpu, plan_windows
 
 ROWS, COLUMNS = 32, 128  # pixels of a program
+NUM_WARPS = 8
 
 
 @on_its_gpu
@@ -21,8 +22,9 @@ def dense_masks_triton(windows: Tensor, words: Tensor, size: tuple[int, int]) ->
     dense = torch.empty(len(windows), *size, dtype=torch.bool, device=words.device)
     if dense.numel() > 0:
         grid = (triton.cdiv(size[1], COLUMNS), triton.cdiv(size[0], ROWS), len(windows))
+        ends = plan_windows(windows)
         _dense_kernel[grid](
-            windows.contiguous(), words, plan_windows(windows), dense, len(windows), *size, ROWS, COLUMNS
+            windows.contiguous(), words, ends, dense, len(windows), *size, ROWS, COLUMNS, num_warps=NUM_WARPS
         )
     return dense
 
@@ -63,4 +65,4 @@ def compile_cases() -> list[KernelCase]:
         "ROWS": ROWS,
         "COLUMNS": COLUMNS,
     }
-    return [KernelCase("dense", _dense_kernel, arguments)]
+    return [KernelCase("dense", _dense_kernel, arguments, NUM_WARPS)]
