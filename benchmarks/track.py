@@ -140,13 +140,18 @@ def memory(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _predictor(config: SipMaskConfig, device: str) -> Predictor:
-    """A model with random parameters that finds `max_detections` objects of 6 strides in every frame."""
+    """A model with random parameters that finds `max_detections` objects of 6 strides in every frame.
+
+    All look alike to its tracking branch, so that place and class decide: known objects go on and new ones come.
+    """
     torch.manual_seed(0)
     model: Any = METHOD.build(replace(config, inference=replace(config.inference, score_threshold=0.0)))
     for layer in (model.head.logits, model.head.coefficients):
         nn.init.normal_(layer.weight, std=0.05)
     nn.init.zeros_(model.head.distances.weight)
     nn.init.constant_(model.head.distances.bias, 3.0)
+    nn.init.zeros_(model.head.tracking.mix.weight)
+    nn.init.zeros_(model.head.tracking.mix.bias)
     categories = [(label + 1, str(label)) for label in range(config.num_classes)]
     return Predictor(model, categories, device=device)
 
