@@ -25,7 +25,7 @@ from torch import nn
 from onestage.data.clips import ClipsDataset
 from onestage.engine.predict import Predictor
 from onestage.tables.record import write_record
-from sipmask.config import VIDEO, VIDEO_SMALL, SipMaskConfig
+from sipmask.config import PUBLISHED_ASSOCIATION, VIDEO, VIDEO_SMALL, SipMaskConfig
 from sipmask.follow import TrackFiles, follow
 from sipmask.frames import VideoWriter, open_source
 from sipmask.method import METHOD
@@ -104,8 +104,9 @@ def speed(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def memory(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Resident memory of the process while it tracks; the first tenth is warm-up."""
-    predictor = _predictor(replace(VIDEO_SMALL, num_classes=3), device)
+    """Resident memory of the process while it tracks new objects in every frame; the first tenth is warm-up."""
+    new_objects = replace(PUBLISHED_ASSOCIATION, iou_weight=-1000.0)  # what is where something was is not that
+    predictor = _predictor(replace(VIDEO_SMALL, num_classes=3, association=new_objects), device)
     length = 20
     clips = ClipsDataset(-(-num_frames // length), num_frames=length)
     images = (clips.frame(index, number) for index in range(len(clips)) for number in range(length))
