@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, help="default: 40 for speed, 10000 for memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--note", default="", help="what the record should say about this run")
     parser.add_argument("--output", default=str(RESULTS), help="'' writes no record")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
@@ -55,6 +56,7 @@ def main() -> None:
         print(f"{key}: {value}", file=sys.stderr)
     if flags.output:
         config |= {"threads": flags.threads, "device": flags.device}
+        body |= {"note": flags.note} if flags.note else {}
         print(write_record(Path(flags.output) / folder, name, config, body))
 
 
@@ -105,8 +107,7 @@ def speed(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 def memory(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Resident memory of the process while it tracks new objects in every frame; the first tenth is warm-up."""
-    new_objects = replace(PUBLISHED_ASSOCIATION, iou_weight=-1000.0)  # what is where something was is not that
-    predictor = _predictor(replace(VIDEO_SMALL, num_classes=3, association=new_objects), device)
+    predictor = _predictor(replace(VIDEO_SMALL, num_classes=3), device)
     length = 20
     clips = ClipsDataset(-(-num_frames // length), num_frames=length)
     images = (clips.frame(index, number) for index in range(len(clips)) for number in range(length))
@@ -143,10 +144,13 @@ def memory(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]
 def _predictor(config: SipMaskConfig, device: str) -> Predictor:
     """A model with random parameters that finds `max_detections` objects of 6 strides in every frame.
 
-    All look alike to its tracking branch, so that place and class decide: known objects go on and new ones come.
+    All look alike to its tracking branch, and what is where something was is taken for something new, so that none is
+    dropped and the tracker's memory is always full.
     """
     torch.manual_seed(0)
-    model: Any = METHOD.build(replace(config, inference=replace(config.inference, score_threshold=0.0)))
+    rules = replace(config.inference, score_threshold=0.0)
+    association = replace(PUBLISHED_ASSOCIATION, iou_weight=-1000.0)
+    model: Any = METHOD.build(replace(config, inference=rules, association=association))
     for layer in (model.head.logits, model.head.coefficients):
         nn.init.normal_(layer.weight, std=0.05)
     nn.init.zeros_(model.head.distances.weight)
