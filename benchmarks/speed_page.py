@@ -86,7 +86,7 @@ def section(record: dict[str, Any]) -> str:
 
 def bars(record: dict[str, Any]) -> list[Bar]:
     """The ratios of a record of `kernels.py` or `images.py`; none of a record without a second side."""
-    results = record["results"]
+    results = record.get("results", [])
     if "ratios" in record:
         times = {row["model"]: row["milliseconds"] for row in results}
         return [
@@ -101,6 +101,7 @@ def bars(record: dict[str, Any]) -> list[Bar]:
         return [
             _bar(f"{record['name']} to {form}, against Mask R-CNN", times["mask_rcnn_ms"], times["ours_ms"])
             for form, times in results.items()
+            if isinstance(times, dict) and "mask_rcnn_ms" in times
         ]
     return [
         _bar(row["case"], row["naive_ms"], row.get("ours_graph_ms") or row["ours_ms"], row["goal"])

@@ -40,6 +40,14 @@ def test_ratios_of_both_benchmarks_become_bars(speed_page):
     assert (bar.label, bar.ratio) == ("sais:r50 to rle, against mask_rcnn", 1.5)
 
 
+def test_a_record_without_a_second_side_has_no_bars(speed_page):
+    assert speed_page.bars(record("track-cpu", {"total": {"ms": 3.0}, "frames": 40})) == []
+    assert speed_page.bars(record("training-cpu", [{"model": "sais:r50", "milliseconds": times(3.0)}])) == []
+    other = record("other", None)
+    del other["results"]
+    assert speed_page.bars(other) == []
+
+
 def test_a_replayed_graph_is_what_a_gpu_record_shows(speed_page):
     row = {"case": "paste", "naive_ms": times(9.0), "ours_ms": times(3.0), "ours_graph_ms": times(1.0), "goal": 0.0}
     assert speed_page.bars(record("masks-cuda", [row]))[0].ratio == 9.0
