@@ -35,7 +35,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from measuring import Call, peak_megabytes, spread
+from measuring import FAILURES, Call, peak_megabytes, spread
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision import ops
@@ -99,7 +99,7 @@ def main() -> int:
         for name in (*flags.models, *flags.peers):
             try:
                 sides.append(side_of(name, flags, device))
-            except Exception as error:  # noqa: BLE001 - whatever it is, the others are measured
+            except FAILURES as error:
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{name} failed: {failed[name]}", flush=True)
         times = alternate({(side.name, call): side.calls[call] for side in sides for call in side.calls}, flags)

@@ -10,7 +10,28 @@ from typing import Any
 
 import torch
 
+from onestage.errors import UserError
+
+try:
+    from triton.errors import TritonError
+except ImportError:  # no kernels on this platform
+    TritonError = RuntimeError
+
 Call = Callable[[], Any]
+
+# What one measurement may raise while the others go on, and are recorded: a limit of the machine, or unequal results.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    TritonError,
+    UserError,
+)
 
 L2_BYTES = 256 << 20  # written between two timed calls: more than any GPU's cache
 SAMPLES = 20  # of a ceiling

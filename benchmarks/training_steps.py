@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import call_timer, peak_megabytes, spread
+from measuring import FAILURES, call_timer, peak_megabytes, spread
 from training_memory import INSTANCES, batch
 
 from onestage.engine.guard import autocast
@@ -36,7 +36,7 @@ def main() -> int:
         for precision in flags.precisions:
             try:
                 result = measure(name, precision, flags, device)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the others are measured
+            except FAILURES as error:
                 results.append({"model": name, "precision": precision, "failed": f"{type(error).__name__}: {error}"})
                 print(f"{name} {precision} failed: {error}", flush=True)
                 continue

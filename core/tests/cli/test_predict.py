@@ -57,7 +57,7 @@ def test_sources_can_come_from_stdin(here, monkeypatch):
     [
         ("nothing.jpg", "SOURCE 'nothing.jpg' does not exist"),
         ("*.jpg", "SOURCE '*.jpg' matches no image"),
-        ("clip.mp4", "SOURCE 'clip.mp4' is a video; only images are read"),
+        ("clip.mp4", "SOURCE 'clip.mp4' is a video; predict reads images"),
         (".", "SOURCE '.' has no images"),
     ],
 )

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Autograd looks for devices at its first backward. A fake CUDA device of another test would make it start threads, and
+# after those no process can be forked any more.
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 @pytest.fixture(scope="session")
 def tiny():

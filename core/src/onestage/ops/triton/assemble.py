@@ -25,6 +25,7 @@ from onestage.ops.triton.plan import (
     PLAN_BLOCK,
     TILE_COLUMNS,
     TILE_ROWS,
+    no_ends,
     num_programs,
     on_its_gpu,
     owner_of_tile,
@@ -282,8 +283,7 @@ def _plan_kernel(
     it reads. Then for each row of sub-regions, and after those for each column, the basis cells it reads (first, end)
     and the assembly cell where it ends.
     """
-    tiles_before = tl.zeros((), tl.int64)
-    words_before = tl.zeros((), tl.int64)
+    tiles_before, words_before = no_ends()
     first = 0
     while first < N:
         n = first + tl.arange(0, BLOCK)

@@ -19,6 +19,7 @@ from onestage.ops.triton.plan import (
     PLAN_BLOCK,
     TILE_COLUMNS,
     TILE_ROWS,
+    no_ends,
     num_programs,
     on_its_gpu,
     owner_of_tile,
@@ -102,8 +103,7 @@ def _plan_kernel(
     TILE_COLUMNS: tl.constexpr,
 ):
     """The windows that maps reach, and the ends of their tiles and words; one program."""
-    tiles_before = tl.zeros((), tl.int64)
-    words_before = tl.zeros((), tl.int64)
+    tiles_before, words_before = no_ends()
     first = 0
     while first < N:
         n = first + tl.arange(0, BLOCK)

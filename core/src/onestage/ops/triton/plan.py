@@ -74,8 +74,7 @@ def padded_count(count: int) -> int:
 
 @triton.jit
 def _windows_kernel(windows_ptr, ends_ptr, N, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
-    tiles_before = tl.zeros((), tl.int64)
-    words_before = tl.zeros((), tl.int64)
+    tiles_before, words_before = no_ends()
     first = 0
     while first < N:
         n = first + tl.arange(0, BLOCK)
@@ -88,6 +87,12 @@ def _windows_kernel(windows_ptr, ends_ptr, N, BLOCK: tl.constexpr, TILE_ROWS: tl
             ends_ptr, n, live, y1 - y0, x1 - x0, tiles_before, words_before, N, TILE_ROWS, TILE_COLUMNS
         )
         first += BLOCK
+
+
+@triton.jit
+def no_ends():
+    """The tiles and words before the first window."""
+    return tl.zeros((), tl.int64), tl.zeros((), tl.int64)
 
 
 @triton.jit
