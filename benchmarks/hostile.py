@@ -30,6 +30,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,7 @@ def sound_results() -> list[dict[str, Any]]:
     ]
 
 
+@cache
 def sound_image(kind: str) -> bytes:
     """An image of `SIZE` px, as JPEG, PNG and so on, with an orientation tag where the format has one."""
     import numpy as np
@@ -338,6 +340,7 @@ def sound_image(kind: str) -> bytes:
     return file.getvalue()
 
 
+@cache
 def sound_checkpoint(kind: str) -> bytes:
     """Weights, a training checkpoint or a numpy pickle of a few numbers."""
     import torch
@@ -380,7 +383,8 @@ def payload_in_zip(draw: random.Random, folder: Path) -> bytes:
     return file.getvalue()
 
 
-def zip_bomb(draw: random.Random, folder: Path) -> bytes:
+@cache
+def zip_bomb() -> bytes:
     """A torch file whose pickle unpacks to half a gigabyte."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -401,7 +405,8 @@ def png_bomb(draw: random.Random, folder: Path) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-def gzip_bomb(draw: random.Random, folder: Path) -> bytes:
+@cache
+def gzip_bomb() -> bytes:
     """Annotations that unpack to three hundred megabytes of blanks."""
     return gzip.compress(b'{"images": []' + b" " * (300 << 20), 6)
 
@@ -540,7 +545,7 @@ KINDS: dict[str, tuple[dict[str, Bytes], Callable[[], Callable[..., list[int]]]]
         {
             **_json_makers(sound_annotations),
             **{f"video {name}": maker for name, maker in _json_makers(sound_videos).items()},
-            "bomb.json.gz": gzip_bomb,
+            "bomb.json.gz": lambda draw, folder: gzip_bomb(),
             "bent.json.gz": lambda draw, folder: bent(gzip.compress(text(sound_annotations())), draw),
             "nested": nested,
         },
@@ -574,7 +579,7 @@ KINDS: dict[str, tuple[dict[str, Bytes], Callable[[], Callable[..., list[int]]]]
             },
             "payload": lambda draw, folder: pickle.dumps({"model": _Payload(folder / "ran")}, protocol=2),
             "payload in zip": payload_in_zip,
-            "bomb": zip_bomb,
+            "bomb": lambda draw, folder: zip_bomb(),
             "header": lambda draw, folder: (
                 (len(body := text(bent_value({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}, draw))))
                 .to_bytes(8, "little") + body + bytes(16)
