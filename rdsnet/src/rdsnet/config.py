@@ -158,7 +158,7 @@ DEMO = replace(
     SMALL,
     num_classes=3,
     input=InputConfig(resize="fixed", test_size=(128, 128), train_sizes=((128, 128),)),
-    schedule=replace(SMALL.schedule, unit="steps", length=320),
+    schedule=replace(SMALL.schedule, unit="steps", length=400),
 )
 
 VARIANTS = {
