@@ -51,6 +51,7 @@ def run(words: list[str]) -> int:
     """Runs the verb with the words after it; returns the exit code."""
     flags = parse_flags(Track, words, "python -m sipmask.track")
     _check(flags)
+    assert flags.weights is not None
     # The imports are here because these modules load torch.
     from onestage.cli.runs import open_run
     from onestage.engine.predict import Predictor
@@ -59,7 +60,7 @@ def run(words: list[str]) -> int:
 
     source = open_source(str(flags.source), max_pixels=flags.max_pixels)
     predictor = Predictor.from_weights(
-        flags.weights,  # type: ignore[arg-type]
+        flags.weights,
         method=METHOD,
         device=flags.device,
         precision=flags.precision,
