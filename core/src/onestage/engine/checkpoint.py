@@ -473,7 +473,7 @@ def _check_plain(value: Any, where: str) -> None:
 def _compare(file: BinaryIO, data: bytes | memoryview, path: Path) -> None:
     view, position = memoryview(data), 0
     while chunk := file.read(1 << 22):
-        if chunk != view[position : position + len(chunk)]:
+        if chunk != bytes(view[position : position + len(chunk)]):  # views are compared item by item
             break
         position += len(chunk)
     if position != len(view):

@@ -163,6 +163,7 @@ def training(entry: Entry, job: Job, train_set: Any) -> Trained:
         workers=job.settings.workers,
         accumulate=job.settings.accumulate,
         log_every=10 if job.settings.profile == "smoke" else 50,
+        save_every=0 if job.settings.profile == "smoke" else None,  # minutes long: when it ends or is told to stop
         resume=folder / "last.ckpt" if (folder / "last.ckpt").is_file() else None,
     )
     schedule = config.schedule
