@@ -55,16 +55,20 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
-def draw(image: Tensor, instances: Instances, names: Sequence[str]) -> Image.Image:
+def draw(
+    image: Tensor, instances: Instances, names: Sequence[str], *, width: int = SHOWN_WIDTH, boxes: bool = False
+) -> Image.Image:
     """The image, enlarged, with every instance filled, outlined and (with scores) labelled.
 
     Args:
         image: [3, H, W] uint8 RGB.
         instances: N instances in its pixels.
         names: Category name of each label.
+        width: Of the picture, px.
+        boxes: Draw boxes as well, each in its category's colour.
     """
-    factor = SHOWN_WIDTH / image.shape[-1]
-    size = (round(image.shape[-2] * factor), SHOWN_WIDTH)
+    factor = width / image.shape[-1]
+    size = (max(1, round(image.shape[-2] * factor)), width)
     canvas = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
     for index in reversed(range(len(instances))):  # the best one last, on top
         colour = torch.tensor(colour_of(int(instances.labels[index])), dtype=torch.float32)[:, None, None]
@@ -79,6 +83,10 @@ def draw(image: Tensor, instances: Instances, names: Sequence[str]) -> Image.Ima
     picture = Image.fromarray(canvas.round().to(torch.uint8).permute(1, 2, 0).numpy())
     if instances.unrefined_boxes is not None:
         _draw_boxes(picture, instances, factor)
+    elif boxes:
+        pen = ImageDraw.Draw(picture)
+        for box, label in zip((instances.boxes * factor).tolist(), instances.labels.tolist(), strict=True):
+            pen.rectangle(tuple(box), outline=colour_of(label), width=2)
     if instances.scores is not None:
         _write_scores(picture, instances, names, factor)
     return picture
@@ -169,7 +177,7 @@ def _draw_boxes(picture: Image.Image, instances: Instances, factor: float) -> No
 def _write_scores(picture: Image.Image, instances: Instances, names: Sequence[str], factor: float) -> None:
     assert instances.scores is not None
     pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=17)
+    font = ImageFont.load_default(size=max(11, min(17, picture.width // 20)))
     for index in reversed(range(len(instances))):
         text = f"{names[int(instances.labels[index])]} {float(instances.scores[index]):.2f}"
         x, y = (float(value) * factor for value in instances.boxes[index, :2])

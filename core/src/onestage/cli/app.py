@@ -50,7 +50,7 @@ def main(method: Method, verb: str | None = None, argv: Sequence[str] | None = N
         argv: The command line without the program's name; None takes the process's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    _set_up_log(method, words)
+    set_up_log(words, method.name)
     return guard(words, lambda: _answer(method, verb, words))
 
 
@@ -138,9 +138,14 @@ def _version(method: Method) -> str:
     return f"{method.name} {import_module(method.name).__version__} (onestage {core})"
 
 
-def _set_up_log(method: Method, words: list[str]) -> None:
-    """Messages for people go to stderr; a run folder adds its log.txt."""
-    for name in ("onestage", method.name):
+def set_up_log(words: Sequence[str], package: str) -> None:
+    """Messages for people go to stderr; a run folder adds its log.txt.
+
+    Args:
+        words: The command line: `-v` says more, `-q` less.
+        package: Whose messages are shown besides the core's.
+    """
+    for name in ("onestage", package):
         logging.getLogger(name).setLevel(logging.DEBUG if {"-v", "--verbose"} & {*words} else logging.INFO)
     logger = logging.getLogger("onestage")
     for handler in [h for h in logger.handlers if isinstance(h, _Stderr)]:
