@@ -32,6 +32,8 @@ MAY_IMPORT = {
     "testing": VALUES | {"method", "transforms", "ops", "nn", "data", "tables"},
     "synth": {"errors", "cli", "data"},
     "lint": {"errors", "cli", "data"},
+    "explore": {"errors", "cli", "data", "engine", "draw"},
+    "report": {"errors", "cli", "data", "engine", "draw"},
     "doctor": {"errors", "cli"},
 }
 EXCEPTIONS = {

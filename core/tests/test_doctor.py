@@ -63,6 +63,25 @@ def test_broken_libraries_are_lines_with_what_to_do(path, capsys):
     assert lines[-1].endswith("checks failed")
 
 
+def test_torchvisions_operators_are_tried_without_importing_it():
+    code = "import sys; from onestage.doctor import probe; probe(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, modules = done.stdout.splitlines()
+    answers = {answer["stage"]: answer for answer in map(json.loads, lines) if not answer.get("begun")}
+    assert answers["torchvision"]["found"].endswith("its operators run")
+    assert not {"torchvision", "torch._dynamo"} & set(modules.split())  # seconds, most of a start
+
+
+@pytest.mark.parametrize("content", [None, b"no library"])
+def test_a_torchvision_whose_library_does_not_load_is_to_be_installed_beside_its_torch(path, content):
+    library(path, "torchvision", "")
+    if content is not None:
+        (path / "torchvision" / "_C.so").write_bytes(content)
+    (check,) = doctor.import_checks({"torchvision": doctor.probe_apart()["torchvision"]})
+    assert "operator torchvision::nms does not exist: " in check.found
+    assert SAME_INDEX in check.fix
+
+
 def test_the_operator_that_is_missing_when_builds_differ_has_its_own_remedy():
     answers = {"torchvision": {"error": "RuntimeError: operator torchvision::nms does not exist"}}
     (check,) = doctor.import_checks(answers)

@@ -215,12 +215,14 @@ def _draw_cards(cards: Sequence[_Card], failures: Failures, dataset: CocoDataset
 
 def _caption(kind: str, entry: Mapping[str, Any], names: Mapping[int, str]) -> tuple[str, list[tuple[str, str]]]:
     """What a card says: the categories, and the numbers."""
-    text = names[entry["category_id"]]
+    text, numbers = names[entry["category_id"]], []
     if entry["object_category_id"] not in (None, entry["category_id"]):
         text += f", in truth {names[entry['object_category_id']]}"
     if entry.get("found_at") is not None:
         text += f", found at score {entry['found_at']:.2f} only"
-    numbers = [] if entry["score"] is None else [("score", f"{entry['score']:.2f}")]
+    if entry["score"] is not None:
+        nearest = f"nearest: {names[entry['detection_category_id']]}" if kind == "missed" else "score"
+        numbers.append((nearest, f"{entry['score']:.2f}"))
     if entry["annotation"] is not None and entry["detection"] is not None:
         overlaps = [key for key in ("box_iou", "mask_iou") if key in entry]
         numbers += [(key.replace("_iou", " IoU"), f"{entry[key]:.2f}") for key in overlaps]

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from onestage.cli.page import Example, render
+from onestage.cli.page import Example, points_of, render
 from onestage.draw import Instances, Line, chart, draw
 
 
@@ -67,6 +67,14 @@ def test_a_chart_places_points_by_hand():
     assert [text for _, text in made["y_ticks"]] == ["0", "1", "2", "3", "4", "5"]
     assert len(made["lines"]) == 1
     assert made["lines"][0]["points"] == f"{made['left']},{made['bottom']} {made['right']},12.0"
+
+
+def test_a_long_run_is_drawn_as_means_of_neighbours():
+    rows = [{"step": step, "loss": float(step % 2)} for step in range(1, 1001)]
+    points = points_of(rows, "loss")
+    assert len(points) == 334
+    assert points[0] == (2, pytest.approx(2 / 3))
+    assert points_of(rows[:3], "loss") == [(1, 1), (2, 0), (3, 1)]
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [1e-6, 2e-6], [1e9], [float("nan"), 1.0]])

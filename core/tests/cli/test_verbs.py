@@ -1,6 +1,7 @@
 """Whole verbs with the toy method of conftest.py: files, numbers and what is printed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,23 @@ def test_eval_of_weights_and_of_the_file_it_wrote_agree(call, shapes):
     metrics = [name for name in first if "/" in name and not isinstance(first[name], str)]
     assert "segm/AP/star" in metrics
     assert [first[name] for name in metrics] == [second[name] for name in metrics]
+
+
+def test_eval_says_how_to_explore_its_results_and_weights_alone_show_the_same(
+    call, method, shapes, monkeypatch, capsys
+):
+    import onestage.method
+    from onestage.explore import main as explore
+
+    monkeypatch.setattr(onestage.method, "METHOD", method, raising=False)  # as an installed package of that name
+    weights = train(call, "--data", "shapes")["weights"]
+    _, _, err = call("eval", "--data", "shapes", "--device", "cpu", "--weights", weights)
+    (words,) = re.findall(r"python -m onestage.explore (.*)", err)
+    assert explore([*words.split(), "--score-thr", "0.1", "--output", "one"]) == 0
+    assert explore(["shapes", "--weights", weights, "--score-thr", "0.1", "--output", "two", "--device", "cpu"]) == 0
+    one, two = (json.loads(Path(folder, "explore.json").read_text()) for folder in ("one", "two"))
+    assert one["errors"] == two["errors"]
+    assert one["counts"]["all"]["detections"] > 0
 
 
 def test_eval_without_weights_says_that_numbers_are_random(call, shapes):

@@ -78,6 +78,16 @@ def test_packed_masks_are_counted_where_they_lie(monkeypatch):
     assert of_words.results() == of_pixels.results()
 
 
+def test_a_results_file_ranks_masks_by_their_own_scores_where_it_has_them(tmp_path):
+    detections = found((2, 2, 10), (1, 2, 3), scores=[0.5, 0.75], labels=[0, 0])
+    evaluator = CocoEvaluator(ground_truth(), CATEGORIES)
+    evaluator.add(3, replace(detections, mask_scores=torch.tensor([0.9, 0.1])))
+    (tmp_path / "results.json").write_text(json.dumps(evaluator.results()))
+    metrics = evaluate_results_file(tmp_path / "results.json", ground_truth())
+    assert metrics == evaluator.summarize()
+    assert (metrics["segm/AP"], metrics["bbox/AP"]) == pytest.approx((1, 0.5))
+
+
 def test_results_are_plain_json_with_the_data_sets_ids():
     evaluator = CocoEvaluator(ground_truth(), CATEGORIES)
     evaluator.add(8, found((1, 2, 3), scores=[0.5], labels=[1]))

@@ -16,15 +16,16 @@ from torchvision.transforms.v2.functional import to_pil_image
 from onestage.cli.app import config_record
 from onestage.cli.eval import say_metrics
 from onestage.cli.flags import Call
-from onestage.cli.page import Example, render
+from onestage.cli.page import Example, render, run_charts
 from onestage.cli.runs import environment, open_run
 from onestage.cli.train import options_of, train_in
 from onestage.data.synth import ShapesDataset
-from onestage.draw import Instances, Line, chart
+from onestage.draw import Instances
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, save_weights, write_atomically
 from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.evaluate import evaluate
+from onestage.engine.journal import read_rows
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
@@ -97,7 +98,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
             ],
             names=[name for _, name in train_set.categories],
             examples=examples,
-            charts=_charts(run.folder / "metrics.jsonl"),
+            charts=run_charts(read_rows(run.folder / "metrics.jsonl")),
             metrics=metrics,
             commands=commands,
             config=record["model"],
@@ -172,20 +173,6 @@ def _commands(method: Method, weights: Path, samples: Path) -> list[tuple[str, s
             f"python -m {name}.eval --data shapes --weights {weights_}",
         ),
         ("What these weights are", f"python -m {name}.info {weights_}"),
-    ]
-
-
-def _charts(journal: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
-    terms = [key for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("loss")]
-    losses = [Line(name, [(row["step"], row[name]) for row in rows if name in row]) for name in terms[:6]]
-    scores = [
-        Line(name, [(row["step"], row[key]) for row in rows if key in row])
-        for key, name in (("segm/AP", "mask AP"), ("bbox/AP", "box AP"))
-    ]
-    return [
-        chart("Training loss", "steps", losses),
-        chart("AP on the held-out images", "steps", scores, y_max=1.0),
     ]
 
 

@@ -116,8 +116,12 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         logger.info("%d %s in %d of %d %ss: %s", len(results), things, found_in, len(dataset), key, path)
         say_metrics(metrics)
         if flags.data is not None:
-            command = f"python -m {method.name}.eval --data {shlex.quote(str(flags.data))} --results {path}"
-            logger.info("the same numbers from that file: %s", command)
+            data, file = shlex.quote(str(flags.data)), shlex.quote(str(path))
+            logger.info(
+                "the same numbers from that file: python -m %s.eval --data %s --results %s", method.name, data, file
+            )
+            if not video:
+                logger.info("what went wrong, as a page: python -m onestage.explore %s --results %s", data, file)
         return metrics | {
             f"{key}s": len(dataset),
             f"{key}s_with_{things}": found_in,

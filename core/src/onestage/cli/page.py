@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from onestage.draw import Instances, colour_of, data_uri, draw, template
+from onestage.draw import Instances, Line, chart, colour_of, data_uri, draw, template
+
+MAX_LINES = 6  # of a chart: so many colours there are
+MAX_POINTS = 400  # of a line; more rows of a journal are averaged
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,50 @@ def render(
             if f"segm/AP/{name}" in metrics
         ],
         commands=commands,
-        config=_flat(config),
-        environment=_flat(environment),
+        config=flat(config),
+        environment=flat(environment),
     )
+
+
+def run_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The losses of one run, term by term, and its AP on held-out images.
+
+    Args:
+        rows: Of its metrics.jsonl.
+    """
+    terms = [key for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("loss")]
+    losses = [Line(name, points_of(rows, name)) for name in terms[:MAX_LINES]]
+    scores = [Line(name, points_of(rows, key)) for key, name in (("segm/AP", "mask AP"), ("bbox/AP", "box AP"))]
+    return [
+        chart("Training loss", "steps", losses),
+        chart("AP on the held-out images", "steps", scores, y_max=1.0),
+    ]
+
+
+def compared_charts(
+    title: str, key: str, runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """One quantity of several runs; a chart for every six of them, none where no run has it.
+
+    Args:
+        title: Of the chart.
+        key: Of the quantity in metrics.jsonl.
+        runs: (name, rows of its metrics.jsonl).
+    """
+    lines = [line for line in (Line(name, points_of(rows, key)) for name, rows in runs) if line.points]
+    parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+    numbers = [f" ({number} of {len(parts)})" if len(parts) > 1 else "" for number in range(1, len(parts) + 1)]
+    return [chart(title + number, "steps", part) for number, part in zip(numbers, parts, strict=True)]
+
+
+def points_of(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of one quantity; of a long run means over neighbouring rows."""
+    points = [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+    size = -(-len(points) // MAX_POINTS)
+    if size < 2:
+        return points
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(statistics.fmean(x for x, _ in group), statistics.fmean(y for _, y in group)) for group in groups]
 
 
 def _metric_rows(metrics: dict[str, float]) -> list[tuple[str, ...]]:
@@ -98,11 +143,12 @@ def _percent(metrics: dict[str, float], key: str) -> str:
     return f"{100 * value:.1f}" if value >= 0 else "-"  # pycocotools says -1 where there is nothing to find
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, value as text) of everything in nested dicts."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}.")
+            rows += flat(value, f"{prefix}{name}.")
         else:
             shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             rows.append((prefix + name, shown))

@@ -89,9 +89,7 @@ class CocoEvaluator:
                 is counted on. Otherwise it is an extra key that pycocotools ignores.
         """
         entries = [entry for image_id in sorted(self._by_image) for entry in self._by_image[image_id]]
-        if iou_type == "segm":
-            return [{**entry, "score": entry.get("mask_score", entry["score"])} for entry in entries]
-        return entries
+        return entries if iou_type is None else ranked_for(entries, iou_type)
 
     def summarize(self, per_class: bool = False) -> dict[str, float]:
         """AP and AR of every IoU type.
@@ -106,6 +104,13 @@ class CocoEvaluator:
             one = average_precision(self.gt, self.results(iou_type), iou_type, self.max_dets, per_class=per_class)
             metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
         return metrics
+
+
+def ranked_for(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
+    """The results with the score that counts: for `segm` that is `mask_score`, where an entry has one."""
+    if iou_type != "segm":
+        return [dict(entry) for entry in results]
+    return [{**entry, "score": entry.get("mask_score", entry["score"])} for entry in results]
 
 
 def average_precision(
@@ -184,7 +189,7 @@ def evaluate_results_file(
     results = check_results(read_json(path), gt, iou_types, f"results '{path}'")
     metrics: dict[str, float] = {}
     for iou_type in iou_types:
-        one = average_precision(gt, results, iou_type, max_dets, per_class=per_class)
+        one = average_precision(gt, ranked_for(results, iou_type), iou_type, max_dets, per_class=per_class)
         metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
     return metrics
 
@@ -220,8 +225,9 @@ def check_results(results: Any, gt: COCO, iou_types: Sequence[str], name: str) -
                 f"{where} has category_id {entry.get('category_id')!r}; known are {known}",
                 "results use the data set's own category ids",
             )
-        if not _all_finite([entry.get("score")]):
-            raise DatasetError(f"{where} has score {entry.get('score')!r}", "every entry needs a finite score")
+        for key in ("score", *(["mask_score"] if "mask_score" in entry else [])):
+            if not _all_finite([entry.get(key)]):
+                raise DatasetError(f"{where} has {key} {entry.get(key)!r}", "every entry needs a finite score")
         if ("bbox" in entry or "bbox" in iou_types) and not _is_box(entry.get("bbox")):
             raise DatasetError(
                 f"{where} has bbox {entry.get('bbox')!r}; finite x, y, width, height are needed",

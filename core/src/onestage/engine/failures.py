@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from onestage.data.validate import mask_of
+from onestage.engine.coco_eval import ranked_for
 
 MISSED, WRONG_CLASS, DUPLICATE, MISPLACED, BOTH, BACKGROUND, POOR_MASK, POOR_BOX = KINDS = (
     "missed",
@@ -297,9 +298,10 @@ def listed(failures: Failures) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
         For each kind entries with `image_id`, `category_id` (of the detection; of the object where it was missed),
-        `area` and `size`, `annotation` (the object's id, None on the background), `object_category_id`, `detection`
-        (position in the results, None without one), `score`, `box_iou` and `mask_iou` of the two, and `found_at`, of a
-        missed object: the score below the threshold at which it is found after all.
+        `area` and `size`, `annotation` (the object's id, None on the background) and `object` (its position),
+        `object_category_id`, `detection` (position in the results, None without one), `detection_category_id`, `score`,
+        `box_iou` and `mask_iou` of the two, and `found_at`, of a missed object: the score below the threshold at which
+        it is found after all.
     """
     truth, found = failures.truth, failures.found
     lists: dict[str, list[dict[str, Any]]] = {kind: [] for kind in failures.rules.definitions()}
@@ -341,6 +343,7 @@ def _entry(failures: Failures, index: int | None, thing: int | None) -> dict[str
         "object": thing,
         "object_category_id": None if thing is None else int(truth.categories[thing]),
         "detection": index,
+        "detection_category_id": None if index is None else int(found.categories[index]),
         "score": None if index is None else round(float(found.scores[index]), 4),
         **{name: 0.0 if position is None else round(float(iou[position]), 4) for name, iou in overlap.items()},
     }
@@ -374,7 +377,7 @@ def _found(gt: COCO, results: Sequence[Mapping[str, Any]], masks: bool) -> Objec
         areas=areas,
         rles=rles,
         boxes=boxes,
-        scores=[entry.get("mask_score", entry["score"]) if masks else entry["score"] for entry in results],
+        scores=[entry["score"] for entry in ranked_for(results, "segm" if masks else "bbox")],
         crowds=[False] * len(results),
     )
 

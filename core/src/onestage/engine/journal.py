@@ -24,7 +24,7 @@ class Journal:
         self.rows: list[dict[str, Any]] = []
         if writes:
             if keep_until and self.lines.exists():
-                self.rows = [row for row in _whole_rows(self.lines) if row["step"] <= keep_until]
+                self.rows = [row for row in read_rows(self.lines) if row["step"] <= keep_until]
             self.lines.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
             self._write_table()
 
@@ -49,8 +49,8 @@ class Journal:
             writer.writerows(self.rows)
 
 
-def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file whose last line may have been cut by a crash."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, whose last line may have been cut by a crash."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.endswith("}"):
