@@ -91,6 +91,14 @@ def hostile(session: nox.Session) -> None:
 
 
 @nox.session
+def ray(session: nox.Session) -> None:
+    """Install Ray and run the code of docs/at_scale.md on it, against one process."""
+    install_development(session)
+    session.install("ray[data]", "--constraint", "constraints.txt")
+    session.run("python", "benchmarks/at_scale.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the API's documentation from docstrings, and the pages of docs/, into site/."""
     install_development(session)

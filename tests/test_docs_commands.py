@@ -66,6 +66,20 @@ def test_command_exists_and_knows_its_flags(document, command):
         assert words[:3] == ["python", "-m", "venv"], f"this test does not know {command!r}"
 
 
+@pytest.mark.parametrize("paper", [package for package in PACKAGES if package != "core"])
+def test_each_paper_has_a_page_that_says_what_it_is_what_differs_and_how_to_train(paper):
+    text = (ROOT / "docs" / "methods" / f"{paper}.md").read_text(encoding="utf-8")
+    headings = " ".join(re.findall(r"^## (.*)$", text, re.MULTILINE))
+    for part in ("in words", "Where it is", "What agrees with what", "Training", "The authors' weights", "Numbers of"):
+        assert part in headings, part
+    assert re.search("Where paper and code differ|What the paper leaves open", headings)
+    assert f"-m {paper}.train --data" in text
+    assert f"{paper}.convert" in text
+    link = f"docs/methods/{paper}.md"
+    assert link in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert link in (ROOT / paper / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[str(document.relative_to(ROOT)) for document in DOCUMENTS])
 def test_relative_links_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", document.read_text(encoding="utf-8")):

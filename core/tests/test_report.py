@@ -37,8 +37,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def cells(html: str, first: str) -> list[str]:
-    """Texts of the table row that starts with `first`."""
-    (row,) = re.findall(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", html)
+    """Texts of the first table row that starts with `first`."""
+    row = re.findall(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", html)[0]
     return re.findall(r"<td>(.*?)</td>", row)
 
 

@@ -28,6 +28,12 @@ def test_a_file_or_a_wrong_number_is_a_usage_error(tmp_path):
     (tmp_path / "file").touch()
     assert main([str(tmp_path / "file"), "--overwrite"]) == 2
     assert main([str(tmp_path / "new"), "--classes", "40"]) == 2
+    assert main([]) == 2
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_name(tmp_path, capsys):
+    assert main([str(tmp_path / "new"), "--clases", "2"]) == 2
+    assert "unknown flag '--clases'; nearest: '--classes'" in capsys.readouterr().err
 
 
 def test_help_does_not_load_torch():

@@ -33,7 +33,7 @@ OPTIONAL = {
     "av": "videos in and out: pip install av",
     "supervision": "Result.to_supervision: pip install supervision",
     "faster-coco-eval": "eval --backend, where it is offered: pip install faster-coco-eval",
-    "tensorboard": "train writes its curves for it: pip install tensorboard",
+    "tensorboard": "train --log tensorboard: pip install tensorboard",
     "onnx": "export: pip install onnx onnxscript",
     "onnxruntime": "export checks what it wrote: pip install onnxruntime",
 }
@@ -391,7 +391,7 @@ def _try_torchvision() -> dict[str, Any]:
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
-        raise RuntimeError(f"{missing}: {str(error).splitlines()[0]}") from error
+        raise RuntimeError(f"{missing}: {str(error.__cause__ or error).splitlines()[0]}") from error
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.0]])
     assert torch.ops.torchvision.nms(boxes, torch.tensor([0.5, 0.9]), 0.5).tolist() == [1]
     return {"found": f"{installed('torchvision')}, its operators run"}

@@ -22,7 +22,7 @@ SHOWN_WIDTH = 420  # px of a picture in the file; screens show about 260
 CLASS_COLOURS = ((42, 120, 214), (235, 104, 52), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 DASH = 6  # px, and as much between two
 BEFORE_COLOUR, AFTER_COLOUR = (255, 255, 255), (20, 20, 20)  # boxes before and after refinement
-CHART = (440.0, 250.0, 44.0, 14.0, 12.0, 30.0)  # width, height; margins left, right, top, bottom
+CHART = (440.0, 250.0, 52.0, 14.0, 12.0, 30.0)  # width, height; margins left, right, top, bottom
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,15 @@ def chart(title: str, x_name: str, lines: Sequence[Line], *, y_max: float | None
     Args:
         title: What the vertical axis shows.
         x_name: What the horizontal axis counts.
-        lines: At most six curves; those without points, and values that are not finite, are left out.
+        lines: At most six curves; those without points, and values that are not finite, are left out. The others keep
+            the colours of their places.
         y_max: Top of the axis; otherwise a round number above the largest value.
     """
     width, height, left, right, top, bottom = CHART
     finite = [Line(line.name, [point for point in line.points if math.isfinite(point[1])]) for line in lines]
-    lines = [line for line in finite if line.points]
-    xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
-    ys = [y for line in lines for _, y in line.points] or [0.0, 1.0]
+    drawn = [(colour, line) for colour, line in enumerate(finite) if line.points]
+    xs = [x for _, line in drawn for x, _ in line.points] or [0.0, 1.0]
+    ys = [y for _, line in drawn for _, y in line.points] or [0.0, 1.0]
     x_ticks, y_ticks = _ticks(max(*xs, 1e-9)), _ticks(y_max or max(*ys, 1e-9))
     x_end, y_end = max(xs) or 1.0, max(y_ticks[-1], max(ys))
 
@@ -128,11 +129,12 @@ def chart(title: str, x_name: str, lines: Sequence[Line], *, y_max: float | None
         "lines": [
             {
                 "name": line.name,
+                "colour": colour,
                 "points": " ".join(f"{x},{y}" for x, y in (place(*point) for point in line.points)),
                 "dots": [place(*point) for point in line.points] if len(line.points) <= 12 else [],
                 "last": f"{line.points[-1][1]:.3g}",
             }
-            for line in lines
+            for colour, line in drawn
         ],
     }
 

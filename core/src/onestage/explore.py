@@ -180,7 +180,8 @@ class _Card:
 
 def _choose(lists: Mapping[str, Sequence[Mapping[str, Any]]], top: int, per_category: int) -> list[_Card]:
     """The worst of each kind, then the worst of each kind and category, turn about, up to MAX_CARDS."""
-    worst, further = [], []
+    worst: list[_Card] = []
+    further: list[tuple[int, _Card]] = []
     for kind, entries in lists.items():
         seen: Counter[int] = Counter()
         for place, entry in enumerate(entries):
@@ -215,7 +216,8 @@ def _draw_cards(cards: Sequence[_Card], failures: Failures, dataset: CocoDataset
 
 def _caption(kind: str, entry: Mapping[str, Any], names: Mapping[int, str]) -> tuple[str, list[tuple[str, str]]]:
     """What a card says: the categories, and the numbers."""
-    text, numbers = names[entry["category_id"]], []
+    text = names[entry["category_id"]]
+    numbers: list[tuple[str, str]] = []
     if entry["object_category_id"] not in (None, entry["category_id"]):
         text += f", in truth {names[entry['object_category_id']]}"
     if entry.get("found_at") is not None:

@@ -224,10 +224,9 @@ def _metric_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         for name in METRICS:
             values = [run.metrics.get(f"{kind}/{name}", -1.0) for run in runs]
             if any(value >= 0 for value in values):
-                best = max(values)
+                best = max(values) if sum(value >= 0 for value in values) > 1 else None
                 cells = [
-                    {"text": f"{100 * value:.1f}" if value >= 0 else "-", "best": len(runs) > 1 and value == best}
-                    for value in values
+                    {"text": f"{100 * value:.1f}" if value >= 0 else "-", "best": value == best} for value in values
                 ]
                 rows.append({"name": f"{word} {name}", "cells": cells})
     for name, texts in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,40 +11,32 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from tyro.conf import Positional
 
-from onestage.errors import MachineError, UsageError, UserError
+from onestage.cli.app import guard
+from onestage.cli.flags import Switch, Talk, parse_flags
+from onestage.errors import MachineError, UsageError
+
+PROGRAM = "python -m onestage.synth"
 
 
-@dataclass(frozen=True)
-class SynthFlags:
+@dataclass(frozen=True, kw_only=True)
+class SynthFlags(Talk):
     """Writes generated shapes as a data set in COCO format: annotations/instances_{train,val}.json, train/, val/.
 
     With --video clips of moving shapes in YouTube-VIS format: {train,valid}.json, {train,valid}/JPEGImages/.
     """
 
-    folder: tyro.conf.Positional[Path]
-    """Where to."""
-    video: bool = False
-    """Clips of moving shapes that cross, touch, leave and return."""
-    train: int | None = None
-    """Images (default 1000) or clips (160) for training."""
-    val: int | None = None
-    """Images (100) or clips (40) for validation; they have nothing in common with those for training."""
-    frames: int = 12
-    """Frames of a clip."""
-    size: int = 128
-    """Height and width, pixels."""
-    classes: int = 3
-    """Kinds of shapes: ring, star, heart, pair, moon, flower, cross, arrow."""
-    difficulty: Literal["easy", "medium", "hard"] = "easy"
-    """How many objects, how small, how much they overlap; of images."""
-    seed: int = 0
-    """The same seed gives the same images."""
-    overwrite: bool = False
-    """Write into a folder that is not empty."""
-    json: bool = False
-    """End with one JSON object on stdout."""
+    folder: Positional[Path | None] = None  # where to (required)
+    video: Switch = False  # clips of moving shapes that cross, touch, leave and return
+    train: int | None = None  # images (default 1000) or clips (160) for training
+    val: int | None = None  # images (100) or clips (40) for validation; they have nothing in common with the others
+    frames: int = 12  # of a clip
+    size: int = 128  # height and width, px
+    classes: int = 3  # kinds of shapes: ring, star, heart, pair, moon, flower, cross, arrow
+    difficulty: Literal["easy", "medium", "hard"] = "easy"  # of images: how many objects, how small, how much overlap
+    seed: int = 0  # the same seed gives the same images
+    overwrite: Switch = False  # write into a folder that is not empty
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,17 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The command line without the program's name; None takes the process's.
     """
-    flags = tyro.cli(SynthFlags, args=argv, prog="python -m onestage.synth")
-    try:
-        write(flags)
-    except UserError as error:
-        print(f"error: {error.what}\n  fix: {error.fix}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guard(words, lambda: write(parse_flags(SynthFlags, words, PROGRAM)))
 
 
-def write(flags: SynthFlags) -> None:
-    """Writes the data set and says what to do with it."""
+def write(flags: SynthFlags) -> int:
+    """Writes the data set, says what to do with it, and returns 0."""
+    if flags.folder is None:
+        raise UsageError("no FOLDER", f"{PROGRAM} shapes")
     # The imports are here so that --help does not wait for torch.
     from onestage.data.clips import make_clips
     from onestage.data.synth import make_shapes
@@ -81,12 +71,14 @@ def write(flags: SynthFlags) -> None:
             make_shapes(flags.folder, images=(train, val), difficulty=flags.difficulty, **looks)
     except OSError as error:
         raise MachineError(f"'{flags.folder}' cannot be written: {error.strerror}", "name another folder") from None
-    print(f"{train} + {val} {'clips' if flags.video else 'images'} in {flags.folder}", file=sys.stderr)
+    if not flags.quiet:
+        print(f"{train} + {val} {'clips' if flags.video else 'images'} in {flags.folder}", file=sys.stderr)
     for package in sorted(entry_points(group="onestage.methods").names)[:1]:
-        if not flags.video:  # which method has a video model is not known here
-            print(f"next: python -m {package}.train --small --data {flags.folder}", file=sys.stderr)
+        if not flags.video and not flags.quiet:  # which method has a video model is not known here
+            print(f"next: python -m {package}.train --small --data {shlex.quote(str(flags.folder))}", file=sys.stderr)
     if flags.json:
         print(json.dumps({"data": str(flags.folder), "train": train, "val": val}))
+    return 0
 
 
 if __name__ == "__main__":

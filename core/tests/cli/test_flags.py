@@ -47,6 +47,13 @@ def test_epochs_move_milestones_along(method):
     assert (schedule.length, schedule.milestones, schedule.unit) == (24, (16, 22), "epochs")
 
 
+def test_the_demo_takes_a_batch_size_and_keeps_the_steps_that_are_given(method):
+    usual = method.variants["demo"].schedule
+    assert config(method, "--batch-size", "8", verb="demo").schedule.batch_size == 8
+    assert config(method, "--batch-size", "8", "--steps", "3", verb="demo").schedule.length == 3
+    assert config(method, "--batch-size", str(usual.batch_size), verb="demo").schedule == usual
+
+
 def test_batch_size_scales_the_learning_rate_of_sgd(method):
     assert config(method, "--batch-size", "4").schedule.lr == pytest.approx(0.01 / 4)
     assert config(method, "--batch-size", "4", "--no-autoscale").schedule.lr == 0.01

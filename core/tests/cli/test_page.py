@@ -66,6 +66,8 @@ def test_a_chart_places_points_by_hand():
     made = chart("Loss", "steps", [Line("total", [(0, 0.0), (100, 5.0)]), Line("nothing", [])])
     assert [text for _, text in made["y_ticks"]] == ["0", "1", "2", "3", "4", "5"]
     assert len(made["lines"]) == 1
+    again = chart("Loss", "steps", [Line("nothing", []), Line("total", [(0, 1.0)])])
+    assert [(line["name"], line["colour"]) for line in again["lines"]] == [("total", 1)]
     assert made["lines"][0]["points"] == f"{made['left']},{made['bottom']} {made['right']},12.0"
 
 

@@ -1,7 +1,10 @@
 """Whole verbs with the toy method of conftest.py: files, numbers and what is printed."""
 
+import contextlib
 import json
 import re
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +90,30 @@ def test_a_trunk_without_weights_learns_all_of_itself(call, shapes):
     assert json.loads(out)["dry_run"]
     assert "the trunk starts from random numbers" in err
     assert not Path("runs").exists()
+
+
+def test_metrics_go_to_tensorboard_too_where_that_is_asked_for(call, shapes, monkeypatch):
+    written = {}
+
+    class SummaryWriter(contextlib.nullcontext):  # stands for TensorBoard's, which is not installed here
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+        def __enter__(self):
+            return self
+
+    library = types.ModuleType("torch.utils.tensorboard")
+    library.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    train(call, "--data", "shapes", "--output", "out", "--log", "tensorboard", "--log-every", "1")
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    expected = {(key, row["step"]): row[key] for row in rows for key in row if key not in ("step", "epoch")}
+    assert written == expected
+    assert ("segm/AP", rows[-1]["step"]) in expected
+    monkeypatch.setitem(sys.modules, library.__name__, None)
+    code, _, err = call("train", "--small", "--data", "shapes", "--log", "tensorboard")
+    assert code == 5
+    assert err.endswith("pip install tensorboard, or leave --log away\n")
 
 
 def test_weights_of_other_categories_are_refused_unless_the_head_starts_anew(call, shapes):

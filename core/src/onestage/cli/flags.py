@@ -77,6 +77,7 @@ class Demo(Common):
     """Trains a small configuration on generated shapes, evaluates it and writes a page. Needs no data, no network."""
 
     steps: int | None = None  # optimiser steps
+    batch_size: int | None = None  # images per optimiser step; learning rate and steps change along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ class Train(Model, Data, Common):
     )
     save_every: int | None = None  # steps between checkpoints; default: as above; 0: at the end only
     log_every: int = 20  # steps between rows of metrics
+    log: tuple[Literal["tensorboard"], ...] = ()  # where rows of metrics go besides metrics.csv and metrics.jsonl
     nan_policy: Literal["stop", "skip"] = "stop"  # what a loss that is not finite does
     overfit: int | None = None  # learn the first N training images by heart: no augmentation, evaluated on themselves
     replay: Path | None = None  # repeat the step that a crash-<step>.pt holds
@@ -480,7 +482,7 @@ def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
     if batch_size is not None:
         if batch_size < 1:
             raise UsageError(f"--batch-size is {batch_size}", "give at least 1")
-        if flags.autoscale:
+        if getattr(flags, "autoscale", True):
             chosen = {f.name for f in fields(schedule) if f"optim.{f.name}" in call.given}
             kept = {name: getattr(schedule, name) for name in chosen}
             schedule = replace(rescaled(schedule, batch_size), **kept)

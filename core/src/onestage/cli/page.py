@@ -101,15 +101,16 @@ def run_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def compared_charts(
     title: str, key: str, runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
 ) -> list[dict[str, Any]]:
-    """One quantity of several runs; a chart for every six of them, none where no run has it.
+    """One quantity of several runs, each in its own colour; a chart for every six runs, none where no run has it.
 
     Args:
         title: Of the chart.
         key: Of the quantity in metrics.jsonl.
         runs: (name, rows of its metrics.jsonl).
     """
-    lines = [line for line in (Line(name, points_of(rows, key)) for name, rows in runs) if line.points]
-    parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+    lines = [Line(name, points_of(rows, key)) for name, rows in runs]
+    sixes = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+    parts = [six for six in sixes if any(line.points for line in six)]
     numbers = [f" ({number} of {len(parts)})" if len(parts) > 1 else "" for number in range(1, len(parts) + 1)]
     return [chart(title + number, "steps", part) for number, part in zip(numbers, parts, strict=True)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.train import Interrupted, TrainOptions, TrainResult, train
-from onestage.errors import DatasetError, UsageError, some
+from onestage.errors import DatasetError, MachineError, UsageError, some
 from onestage.method import Method
 from onestage.nn.imagenet import load_imagenet
 
@@ -66,11 +66,14 @@ def train_in(
     val_set: Any,
     options: TrainOptions,
     info: WeightsInfo,
+    callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Runs `engine.train` in an open run folder; an interruption says how to go on and leaves with 130 or 143."""
     score = evaluate_videos if method.is_video(config) else evaluate
     try:
-        return train(model, config, train_set, val_set, options, run.folder, info=info, evaluate=score)
+        return train(
+            model, config, train_set, val_set, options, run.folder, info=info, callback=callback, evaluate=score
+        )
     except Interrupted as stopped:
         logger.info("%s", stopped)
         again = f"train --resume {shlex.quote(str(stopped.checkpoint))}" if call.verb == "train" else call.verb
@@ -80,6 +83,7 @@ def train_in(
 
 def _train(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
+    summary_writer = _summary_writer() if "tensorboard" in flags.log else None
     checkpoint = None if flags.resume is None else checkpoint_to_resume(method.name, flags.resume, flags.output)
     state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
     config = _config(method, call, info)
@@ -126,8 +130,11 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     )
     output = flags.output if checkpoint is None or flags.output is not None else checkpoint.parent
     keep = checkpoint is not None
-    with _common_run(method.name, record, output=output, overwrite=flags.overwrite, keep=keep) as run:
-        result = train_in(run, method, call, model, config, train_set, val_set, options, card)
+    with (
+        _common_run(method.name, record, output=output, overwrite=flags.overwrite, keep=keep) as run,
+        _curves(summary_writer, run.folder / "tensorboard") as callback,
+    ):
+        result = train_in(run, method, call, model, config, train_set, val_set, options, card, callback)
         _say_what_next(method, flags, config, result)
         return _result(result) | {"run": str(run.folder)}
 
@@ -141,6 +148,33 @@ def _common_run(package: str, record: dict[str, Any], **where: Any) -> Iterator[
             yield run
     else:
         yield Run(Path(distributed.broadcast(None)))
+
+
+def _summary_writer() -> Any:
+    """TensorBoard's writer, where that library is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MachineError(
+            "--log tensorboard needs a library that is not installed", "pip install tensorboard, or leave --log away"
+        ) from error
+    return SummaryWriter
+
+
+@contextmanager
+def _curves(writer: Any, folder: Path) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """What hands rows of metrics on to a `writer`; None without one."""
+    if writer is None or not distributed.rank_zero():
+        yield None
+        return
+    with writer(str(folder)) as curves:
+
+        def write(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    curves.add_scalar(name, value, row["step"])
+
+        yield write
 
 
 def _config(method: Method, call: Call, info: WeightsInfo | None) -> Any:
