@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,6 @@ import torch
 
 from onestage.data.synth import NAMES, make_shapes
 from onestage.engine.checkpoint import WeightsInfo, save_weights
-from onestage.engine.predict import find_method
 
 PAGE = Path(__file__).parents[1] / "docs" / "at_scale.md"
 CLASSES = 3
@@ -71,7 +71,7 @@ def recipe() -> ModuleType:
 
 def random_weights(package: str, path: Path) -> Path:
     """Weights of a package's small model as it is before training."""
-    method = find_method(package)
+    method = import_module(f"{package}.method").METHOD
     config = replace(method.variants[method.small_variant], num_classes=CLASSES)
     torch.manual_seed(0)
     info = WeightsInfo(

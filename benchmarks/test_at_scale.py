@@ -9,7 +9,7 @@ import pytest
 
 from onestage.cli.app import main
 from onestage.data.synth import make_shapes
-from onestage.engine.predict import find_method
+from sipmask.method import METHOD
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_shards_merge_into_what_one_run_writes(at_scale, images, weights, tmp_pa
     for shard, folder in (("0/1", "one"), ("0/2", "two"), ("1/2", "two")):
         words = ["--weights", str(weights), "--score-thr", "0", "--shard", shard, "--save", "json", "--device", "cpu"]
         words += ["--output", str(tmp_path / folder), "-q"]
-        assert main(find_method("sipmask"), "predict", [str(images), *words]) == 0
+        assert main(METHOD, "predict", [str(images), *words]) == 0
     merged = at_scale.recipe().merge(tmp_path / "two")
     whole = json.loads((tmp_path / "one" / "predictions.json").read_text())
     assert merged["categories"] == whole["categories"]

@@ -73,12 +73,14 @@ def test_torchvisions_operators_are_tried_without_importing_it():
 
 
 @pytest.mark.parametrize("content", [None, b"no library"])
-def test_a_torchvision_whose_library_does_not_load_is_to_be_installed_beside_its_torch(path, content):
+def test_a_torchvision_whose_library_does_not_load_is_to_be_installed_beside_its_torch(path, monkeypatch, content):
     library(path, "torchvision", "")
     if content is not None:
         (path / "torchvision" / "_C.so").write_bytes(content)
-    (check,) = doctor.import_checks({"torchvision": doctor.probe_apart()["torchvision"]})
-    assert "operator torchvision::nms does not exist: " in check.found
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(RuntimeError, match="operator torchvision::nms does not exist: ") as error:
+        doctor._try_torchvision()
+    (check,) = doctor.import_checks({"torchvision": {"error": f"RuntimeError: {error.value}"}})
     assert SAME_INDEX in check.fix
 
 

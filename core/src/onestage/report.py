@@ -142,10 +142,16 @@ def read_run(folder: Path, name: str) -> RunRecord:
         if not all(isinstance(row, dict) and _is_number(row.get("step"), finite=True) for row in rows):
             raise DatasetError(f"'{journal}' has a row without a step", "name another run")
         rows = [{key: value for key, value in row.items() if _is_number(value)} for row in rows]
-    last = next((row for row in reversed(rows) if any("/AP" in key for key in row)), {})
-    metrics = {key: value for key, value in (content("metrics.json") or last).items() if _is_number(value)}
-    error = content("error.json") if (folder / "error.json").is_file() else None
-    return RunRecord(name, folder, content("config.json"), content("environment.json"), rows, metrics, error)
+    last: dict[str, Any] = next((row for row in reversed(rows) if any("/AP" in key for key in row)), {})
+    return RunRecord(
+        name=name,
+        folder=folder,
+        config=content("config.json"),
+        environment=content("environment.json"),
+        rows=rows,
+        metrics={key: value for key, value in (content("metrics.json") or last).items() if _is_number(value)},
+        error=content("error.json") if (folder / "error.json").is_file() else None,
+    )
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
