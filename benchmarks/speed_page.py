@@ -11,6 +11,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from onestage.tables.record import read_records
 
 HERE = Path(__file__).parent
 ROW, LABEL, WIDTH, RIGHT = 24, 330, 900, 70  # pixels: a bar's height, its label's width, the plot's, the value's
+# A paper's row with a speed, and the row of Mask R-CNN in the same table: package, table, row, that row, column.
+PRINTED = (
+    ("sprnet", "1", "R50-FPN 500", "Mask R-CNN R50-FPN", "fps"),
+    ("sprnet", "1", "R101-GFPN 800", "Mask R-CNN R101-GFPN", "fps"),
+    ("sais", "4", "SAIS-768 R50", "Mask R-CNN", "fps"),
+    ("rdsnet", "1", "RDSNet 12 epochs", "Mask R-CNN", "fps"),
+    ("sipmask", "1", "R101 1333x800", "Mask R-CNN*", "ms"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         sections.append(
             "<section><h2>On a GPU</h2><p>-</p><p class='soft'>python benchmarks/gpu.py --part 1</p></section>"
         )
+    sections.insert(0, beside_papers(list(newest.values())))
     style = template("onestage", "style.css").render()
     lead = (
         "Ratios of two sides measured in one process, in turns. Bars are logarithmic; the dashed line is equal speed."
@@ -67,6 +77,43 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         + "\n".join(sections)
         + "\n</main></body></html>\n"
     )
+
+
+def beside_papers(records: Sequence[dict[str, Any]]) -> str:
+    """How many times Mask R-CNN's speed each paper prints for its method, and what our records have."""
+    rows = []
+    for package, number, name, other, column in PRINTED:
+        tables = {table.number: table for table in import_module(f"{package}.method").METHOD.tables()}
+        row, rival = tables[number].row(name), tables[number].row(other)
+        ours, theirs = float(row.paper[column]), float(rival.paper[column])
+        ratio = theirs / ours if column == "ms" else ours / theirs
+        gpus = [gpu for gpu in dict.fromkeys((row.hardware, rival.hardware)) if gpu] or [tables[number].hardware]
+        measured = [measured_ratio(records, package, kind) for kind in ("cpu", "cuda")]
+        cells = [
+            package,
+            f"{tables[number].printed or f'Table {number}'}: {name} against {other}",
+            " and ".join(gpus),
+            f"{ratio:.2f}",
+            *("-" if found is None else f"{found:.2f}" for found in measured),
+        ]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    heads = ("method", "the paper's rows", "measured on", "the paper's ratio", "ours, CPU", "ours, GPU")
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    return (
+        "<section><h2>Whole images: times the speed of Mask R-CNN</h2><p class='soft'>Ours: R-50 with random weights,"
+        " to bool masks, against torchvision's Mask R-CNN R-50 in the same run (images.py). MEInst prints no"
+        f" speed of Mask R-CNN.</p><table><tr>{head}</tr>{''.join(rows)}</table></section>"
+    )
+
+
+def measured_ratio(records: Sequence[dict[str, Any]], package: str, device: str) -> float | None:
+    """Of the newest record of `images.py` on a kind of device that has the package."""
+    for record in reversed(records):
+        for found in record.get("ratios", ()):
+            wanted = (package, "mask_rcnn", "bool")
+            if device in record["name"] and (found["model"].split(":")[0], found["peer"], found["form"]) == wanted:
+                return float(found["ratio"])
+    return None
 
 
 def section(record: dict[str, Any]) -> str:

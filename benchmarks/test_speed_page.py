@@ -61,3 +61,16 @@ def test_the_newest_of_equal_records_is_shown_and_a_missing_gpu_is_a_dash(speed_
     assert "<h2>On a GPU</h2><p>-</p>" in text
     assert "A &lt;chip&gt;" in text
     assert "<p>-</p>" not in speed_page.page([record("masks-cuda", [row])])
+
+
+def test_papers_ratios_stand_beside_the_newest_measured_one(speed_page):
+    rows = [{"model": name, "milliseconds": {"bool": times(4.0)}} for name in ("sais:r50", "mask_rcnn")]
+    ratio = {"model": "sais:r50", "peer": "mask_rcnn", "form": "bool", "ratio": 1.375}
+    old, new = (record("images-cpu", rows, ratios=[ratio | {"ratio": value}]) for value in (9.0, 1.375))
+    text = speed_page.beside_papers([old, new])
+    (sais,) = re.findall(r"<tr><td>sais</td>(.*?)</tr>", text)
+    assert re.findall(r"<td>([^<]*)</td>", sais) == [
+        "Table IV: SAIS-768 R50 against Mask R-CNN", "Titan X and Titan Xp", "3.13", "1.38", "-",
+    ]  # fmt: skip
+    (sipmask,) = re.findall(r"<tr><td>sipmask</td>(.*?)</tr>", text)
+    assert re.findall(r"<td>([^<]*)</td>", sipmask)[2:] == ["1.30", "-", "-"]
