@@ -1,10 +1,13 @@
-"""What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, a device."""
+"""What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, processes."""
 
 import gzip
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,11 @@ for project in ROOT.glob("*/pyproject.toml"):
     name = project.parent.name
     if (project.parent / "src" / name).is_dir():
         importlib.import_module(name)
+
+
+# Autograd looks for devices at its first backward. A fake CUDA device of another test would make it start threads, and
+# after those no process can be forked any more.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture
@@ -54,6 +62,41 @@ def device() -> torch.device:
     """The GPU if there is one and kernels are compiled, else the CPU, where they run in Triton's interpreter."""
     compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
     return torch.device("cuda" if compiled else "cpu")
+
+
+@pytest.fixture
+def fork(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int | None]]:
+    """Calls a function in new processes, with torchrun's environment if there are several; returns exit codes.
+
+    Forked, because importing torch anew takes seconds.
+    """
+
+    def call(function: Callable[..., Any], *args: Any, processes: int = 1, **kwargs: Any) -> list[int | None]:
+        group: dict[str, Any] = {}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+            group |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        context = multiprocessing.get_context("fork")
+        started = []
+        for rank in range(processes):
+            with monkeypatch.context() as environment:
+                for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items():
+                    environment.setenv(name, str(value))
+                started.append(context.Process(target=_in_child, args=(function, args, kwargs)))
+                started[-1].start()
+        for process in started:
+            process.join(60)
+            process.kill()
+        return [process.exitcode for process in started]
+
+    return call
+
+
+def _in_child(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    function(*args, **kwargs)  # what it raises is printed and becomes exit code 1
 
 
 class Golden:

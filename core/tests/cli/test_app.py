@@ -32,6 +32,8 @@ def run_raising(monkeypatch, error, *words):
         (PermissionError(errno.EACCES, "Permission denied", "x"), 5),
         (MemoryError(), 5),
         (RuntimeError("operator torchvision::nms does not exist"), 5),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 5),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:3: Connection reset by peer"), 5),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 5),
     ],
 )

@@ -29,7 +29,7 @@ def test_a_resumed_run_drops_rows_after_the_checkpoint_and_a_cut_line(tmp_path):
         journal.add({"step": step, "loss": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    Journal(tmp_path, keep_until=2).add({"step": 3, "loss": 7})
+    Journal(tmp_path, keep=2).add({"step": 3, "loss": 7})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in lines] == [1, 2, 7]
     assert [row["loss"] for row in table(tmp_path)] == ["1", "2", "7"]

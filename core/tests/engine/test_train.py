@@ -148,17 +148,27 @@ def test_two_processes_agree_and_resume_exactly(tiny, fork, tmp_path, accumulate
 
 
 @pytest.mark.slow
-def test_torchrun_starts_two_processes(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_torchrun_hands_its_sigterm_to_both_processes_which_save_and_can_be_resumed(tiny, fork, tmp_path):
+    options, schedule = {"eval_every": 0, "save_every": 0}, {"length": 150}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(Path(__file__).with_name("tiny.py")), str(tmp_path), "{}", '{"length": 2}']
+    arguments = [str(tmp_path / "parts"), json.dumps(options), json.dumps(schedule), "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    assert load_checkpoint(tmp_path / "last.ckpt")["fingerprint"]["processes"] == 2
+    command = [*launch, str(Path(__file__).with_name("tiny.py")), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode != 0
+    resume = tmp_path / "parts" / "last.ckpt"
+    saved = load_checkpoint(resume)
+    assert saved["fingerprint"]["processes"] == 2
+    assert 3 < saved["state"]["step"] < 150
+    assert fork(tiny.run_as_process, tmp_path / "parts", {**options, "resume": resume}, schedule, processes=2) == [0, 0]
+    assert fork(tiny.run_as_process, tmp_path / "whole", options, schedule, processes=2) == [0, 0]
+    assert_same_weights(*(load_checkpoint(tmp_path / run / "last.ckpt")["model"] for run in ("whole", "parts")))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tiny, tmp_path, number, code):
-    whole = tiny.run_tiny(tmp_path / "whole")
+    whole, before = tiny.run_tiny(tmp_path / "whole"), signal.getsignal(signal.SIGINT)
 
     def interrupt(row):
         if row["step"] == 4:
@@ -167,7 +177,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tiny, tmp_path, num
     with pytest.raises(Interrupted) as caught:
         tiny.run_tiny(tmp_path / "parts", callback=interrupt)
     assert (caught.value.exit_code, caught.value.step) == (code, 5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
     parts = tiny.run_tiny(tmp_path / "parts", {"resume": caught.value.checkpoint})
     assert_same_weights(whole.model.state_dict(), parts.model.state_dict())
 

@@ -140,17 +140,22 @@ def run_tiny(folder, options=None, schedule=None, *, train_set=None, val_set=Non
     return SimpleNamespace(model=model, result=result)
 
 
-def run_as_process(folder, options=None, schedule=None, *, kill_at=None):
-    """A whole run of a process: joins its group if there is one; may kill itself, unannounced, after a step."""
+def run_as_process(folder, options=None, schedule=None, *, kill_at=None, stop_at=None):
+    """A whole run of a process: joins its group if there is one.
 
-    def kill(row):
+    After a step it may kill itself, unannounced, or ask the process that started it to stop.
+    """
+
+    def signal_after(row):
         if row["step"] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if row["step"] == stop_at:
+            os.kill(os.getppid(), signal.SIGTERM)
 
     distributed.start("cpu")
-    run_tiny(folder, options, schedule, val_set=TinySet(6, first=100), callback=kill)
+    run_tiny(folder, options, schedule, val_set=TinySet(6, first=100), callback=signal_after)
     distributed.stop()
 
 
 if __name__ == "__main__":  # what torchrun starts
-    run_as_process(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))
+    run_as_process(sys.argv[1], *map(json.loads, sys.argv[2:4]), stop_at=int(sys.argv[4]))

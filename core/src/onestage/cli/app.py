@@ -202,6 +202,16 @@ def _machine_error(error: Exception) -> UserError | None:
             " (operator torchvision::nms does not exist)",
             "install both from the same index, for example: pip install --force-reinstall torch torchvision",
         )
+    if type(error).__name__ == "DistBackendError" or "gloo/transport" in text:
+        return MachineError(
+            "another process of this run has ended and took this one along",
+            "see what it said; the run goes on from its last checkpoint with --resume",
+        )
+    if text.startswith("DataLoader worker (pid"):
+        return MachineError(
+            "a process that reads images has ended before its work was done",
+            "memory ran out, if nobody killed it: use fewer --workers",
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             f"out of memory{_memory()}: {text.splitlines()[0] if text else 'the process needs more than there is'}",

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from onestage.cli.flags import Call
 from onestage.data.coco import CocoDataset, locate
 from onestage.data.ytvis import VideoDataset
-from onestage.errors import DatasetError
+from onestage.engine import distributed
+from onestage.errors import DatasetError, some
 
 logger = logging.getLogger("onestage")
 
@@ -63,3 +64,16 @@ def open_videos(call: Call, split: Literal["train", "val"]) -> VideoDataset:
         len(dataset.categories),
     )
     return dataset if flags.limit is None else dataset.subset(range(min(flags.limit, len(dataset))))
+
+
+def say_skipped(*datasets: Any) -> int:
+    """Counts and lists what `--on-bad-sample skip` left out, in all processes; every one of them has to call it.
+
+    Returns:
+        How many annotations and images.
+    """
+    mine = [line for dataset in datasets for line in dataset.skipped]
+    lines = list(dict.fromkeys(line for part in distributed.gather(mine) for line in part))
+    if lines:
+        logger.warning("%d bad samples were skipped: %s", len(lines), some(lines))
+    return len(lines)

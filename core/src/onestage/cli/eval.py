@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from onestage.cli.app import config_record
-from onestage.cli.datasets import open_split, open_videos
+from onestage.cli.datasets import open_split, open_videos, say_skipped
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
 from onestage.config import config_from_dict
@@ -105,7 +105,9 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         return evaluate(model, dataset, iou_types=flags.iou_types, **settings)
 
     if not distributed.rank_zero():
-        return dict(compute()[0])
+        metrics = dict(compute()[0])
+        say_skipped(dataset)
+        return metrics
     with open_run(method.name, "eval", record, output=flags.output, overwrite=flags.overwrite) as run:
         metrics, results = compute()
         path = run.folder / "results.json"
@@ -115,6 +117,7 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         found_in = len({entry[f"{key}_id"] for entry in results})
         logger.info("%d %s in %d of %d %ss: %s", len(results), things, found_in, len(dataset), key, path)
         say_metrics(metrics)
+        num_skipped = say_skipped(dataset)
         if flags.data is not None:
             data, file = shlex.quote(str(flags.data)), shlex.quote(str(path))
             logger.info(
@@ -126,6 +129,7 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
             f"{key}s": len(dataset),
             f"{key}s_with_{things}": found_in,
             things: len(results),
+            "bad_samples": num_skipped,
             "weights": None if flags.weights is None else str(flags.weights),
             "results": str(path),
             "seconds": round(run.seconds, 1),

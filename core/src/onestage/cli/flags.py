@@ -95,6 +95,7 @@ class Train(Model, Data, Common):
     steps: int | None = None  # length in optimiser steps; milestones move along
     batch_size: int | None = None  # images per optimiser step, over all processes and --accumulate
     accumulate: int = 1  # forward passes per optimiser step
+    sync_bn: Switch = False  # batch norms that learn take their statistics from all GPUs
     autoscale: bool = True  # another --batch-size changes learning rate and steps as the recipe would
     ema: float | None = None  # decay of averaged weights
     grad_clip: float | None = None  # largest global norm of the gradients

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,7 +79,7 @@ def open_run(
     (run.folder / "error.json").unlink(missing_ok=True)
     run.write("config.json", config)
     run.write("environment.json", environment(package, verb))
-    handler = logging.FileHandler(run.folder / "log.txt", encoding="utf-8")
+    handler = _LogFile(run.folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.info("run folder: %s", run.folder)
@@ -93,6 +93,18 @@ def open_run(
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short without a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def environment(package: str, verb: str) -> dict[str, Any]:

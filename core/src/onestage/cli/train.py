@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from onestage.cli.app import config_record
-from onestage.cli.datasets import open_split, open_videos
+from onestage.cli.datasets import open_split, open_videos, say_skipped
 from onestage.cli.flags import Call, read_settings
 from onestage.cli.runs import Run, checkpoint_to_resume, open_run
 from onestage.config import config_from_dict, for_trunk
@@ -77,8 +78,19 @@ def train_in(
     except Interrupted as stopped:
         logger.info("%s", stopped)
         again = f"train --resume {shlex.quote(str(stopped.checkpoint))}" if call.verb == "train" else call.verb
-        logger.info("go on with: python -m %s.%s", method.name, again)
+        logger.info("go on with: %s -m %s.%s", launcher(), method.name, again)
         raise SystemExit(stopped.exit_code) from stopped
+
+
+def launcher() -> str:
+    """What starts as many processes as there are: `python`, or a torchrun."""
+    world, local = distributed.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    if world == 1:
+        return "python"
+    if world == local:
+        return f"torchrun --standalone --nproc-per-node {world}"
+    endpoint = f"--rdzv-backend c10d --rdzv-endpoint {os.environ['MASTER_ADDR']}"
+    return f"torchrun --nnodes {world // local} --nproc-per-node {local} {endpoint}"
 
 
 def _train(method: Method, call: Call) -> dict[str, Any]:
@@ -122,6 +134,7 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     options = options_of(
         flags,
         accumulate=flags.accumulate,
+        sync_bn=flags.sync_bn,
         eval_every=flags.eval_every,
         save_every=flags.save_every,
         log_every=flags.log_every,
@@ -135,8 +148,9 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
         _curves(summary_writer, run.folder / "tensorboard") as callback,
     ):
         result = train_in(run, method, call, model, config, train_set, val_set, options, card, callback)
+        num_skipped = say_skipped(train_set, val_set)
         _say_what_next(method, flags, config, result)
-        return _result(result) | {"run": str(run.folder)}
+        return _result(result) | {"bad_samples": num_skipped, "run": str(run.folder)}
 
 
 @contextmanager

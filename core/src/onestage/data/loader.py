@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from onestage.config import InputConfig
-from onestage.errors import UsageError, UserError
+from onestage.errors import MachineError, UsageError, UserError
 from onestage.structures import Target
 
 Sample = tuple[Tensor, Target]
@@ -29,6 +31,10 @@ Augmentation = Callable[[Tensor, Target], Sample]
 
 CROP_MODES = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # least IoU of every box with the crop; None: no crop
 CROP_TRIES = 50
+
+
+class WorkerDied(MachineError):
+    """A process that reads images ended before its work was done."""
 
 
 class InstanceDataset(Protocol):
@@ -96,7 +102,7 @@ def make_loader(
         AugmentedDataset(dataset, change, seed),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_Collate(dataset),
         persistent_workers=training and workers > 0,
     )
 
@@ -206,14 +212,66 @@ def collate(samples: Sequence[Sample | UserError]) -> tuple[list[Tensor], list[T
     return images, targets
 
 
+class _Collate:
+    """`collate`, and what the data set has listed in `skipped` since the last batch: a worker has its own list."""
+
+    def __init__(self, dataset: InstanceDataset):
+        self.dataset = dataset
+        self.told = len(dataset.skipped)
+
+    def __call__(self, samples: Sequence[Sample | UserError]) -> tuple[Any, list[str]]:
+        news = self.dataset.skipped[self.told :]
+        self.told += len(news)
+        return collate(samples), news
+
+
 class _Loader(DataLoader):
-    """Raises the errors that workers hand on."""
+    """Raises the errors that workers hand on, tells of their deaths, and keeps the list of what they skipped."""
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target]]]:  # type: ignore[override]
-        for batch in super().__iter__():
+        augmented: Any = self.dataset
+        skipped = augmented.dataset.skipped
+        with _deaths_unannounced():
+            iterator: Any = super().__iter__()
+        while True:
+            try:
+                batch, news = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise _worker_died([worker.exitcode for worker in iterator._workers]) from error
+            skipped += [line for line in news if line not in skipped]
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+@contextlib.contextmanager
+def _deaths_unannounced() -> Iterator[None]:
+    """Takes back torch's handler of SIGCHLD, which raises wherever the main thread is, in the middle of a step too.
+
+    Without it a loader that misses a batch looks after its workers within five seconds.
+    """
+    reachable = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if reachable else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _worker_died(exit_codes: Sequence[int | None]) -> WorkerDied:
+    """What the exit codes of all workers say; None is one that lives."""
+    code = next((code for code in exit_codes if code), 0)
+    name = signal.Signals(-code).name if code < 0 else ""
+    how = f"was ended by {name}" if name else f"ended with exit code {code}"
+    fixes = {
+        "SIGKILL": "memory ran out, if nobody killed it: use fewer --workers",
+        "SIGBUS": "shared memory is full: use --workers 0, or give the container more (docker run --shm-size 8g)",
+    }
+    fix = fixes.get(name, "use --workers 0, where what ends it shows")
+    return WorkerDied(f"a process that reads images {how}", fix)
 
 
 def augment(config: InputConfig) -> Augmentation:

@@ -16,6 +16,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +33,7 @@ from onestage.errors import MachineError, WeightsError, some
 
 FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-1"}
 METADATA_KEY = "onestage"
+SUM_KEY = "onestage-crc32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,12 @@ class WeightsInfo:
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], info: WeightsInfo) -> None:
-    """Writes safetensors with `info` in the metadata; an older file of that name stays until the new one is whole."""
+    """Writes safetensors with `info` and a checksum in the metadata; an older file of that name stays until the new
+    one is whole."""
     alone = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    write_atomically(path, safetensors.torch.save(alone, {"format": "pt", METADATA_KEY: info.to_json()}))
+    text = info.to_json()
+    metadata = {"format": "pt", METADATA_KEY: text, SUM_KEY: _checksum(alone, text)}
+    write_atomically(path, safetensors.torch.save(alone, metadata))
 
 
 def load_weights(path: str | Path, *, package: str | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
@@ -96,8 +101,12 @@ def load_weights(path: str | Path, *, package: str | None = None) -> tuple[dict[
         state, metadata = _read_safetensors(path)
         if METADATA_KEY not in metadata:
             raise _foreign(path, package)
-        info = WeightsInfo.from_json(metadata[METADATA_KEY])
+        text = metadata[METADATA_KEY]
+        if metadata.get(SUM_KEY, "") not in ("", _checksum(state, text)):
+            raise WeightsError(f"weights '{path}' are damaged: their checksum is another", "copy or train them again")
+        info = WeightsInfo.from_json(text)
     else:
+        _check_archive(path, kind)
         content = _read_content(path, kind)
         if not isinstance(content, dict) or content.get("format") != FORMATS["training"]:
             raise _foreign(path, package)
@@ -219,10 +228,22 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], kind: Literal["trai
 
 
 def load_checkpoint(path: str | Path, kind: Literal["training", "crash"] = "training") -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote; tensors arrive on the CPU."""
+    """Reads what `save_checkpoint` wrote; tensors arrive on the CPU.
+
+    Raises:
+        WeightsError: no such file, damaged, or something else; of a run's checkpoint it names the weights to go on
+            with, if there are any.
+    """
     path = Path(path)
-    content_kind = _sniff(path, None)
-    content = None if content_kind == "safetensors" else _read_content(path, content_kind)
+    try:
+        content_kind = _sniff(path, None)
+        if content_kind == "safetensors":
+            content = None
+        else:
+            _check_archive(path, content_kind)
+            content = _read_content(path, content_kind)
+    except WeightsError as error:
+        raise WeightsError(error.what, _instead_of(path, kind)) from error
     if not isinstance(content, dict) or content.get("format") != FORMATS[kind]:
         raise WeightsError(
             f"'{path}' is not a {kind} checkpoint of this program",
@@ -348,6 +369,44 @@ def _check_safetensors_size(path: Path, size: int, again: str) -> None:
             raise WeightsError(f"weights '{path}' have a damaged safetensors header", again) from error
     if promised > size:
         raise _cut_short(path, size, again, promised)
+
+
+def _checksum(state: Mapping[str, Tensor], text: str) -> str:
+    """CRC-32 of tensors, whatever their order, and of a text; safetensors itself notices no flipped bit."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(state):
+        tensor = state[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
+
+
+def _check_archive(path: Path, kind: str) -> None:
+    """Compares the parts of a torch file with the checksums it was saved with, at which torch itself does not look."""
+    if kind != "torch" or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            damaged = packed[0] if packed else archive.testzip()  # torch packs nothing
+    except _UNPICKLING_ERRORS + (OSError, NotImplementedError, zlib.error) as error:
+        raise WeightsError(f"weights '{path}' are damaged ({error})", "copy or save the file again") from error
+    if damaged is not None:
+        raise WeightsError(
+            f"weights '{path}' are damaged: the checksum of {damaged} is another", "copy or save the file again"
+        )
+
+
+def _instead_of(path: Path, kind: str) -> str:
+    """What to do without a checkpoint of a run."""
+    if kind == "crash":
+        return "give --replay another crash-<step>.pt, or resume the run to meet the batch again"
+    best = path.with_name("best.safetensors")
+    try:
+        _, info = load_weights(best)
+    except WeightsError:
+        return "give --resume another checkpoint, or start again without it"
+    return f"train from the best weights of that run, those after step {info.steps}: --weights {best}"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,18 +13,18 @@ class Journal:
 
     Args:
         folder: The run folder.
-        keep_until: Rows of an earlier part of the run up to this step stay, later ones go; 0 starts anew.
+        keep: So many rows of an earlier part of the run stay, later ones go; 0 starts anew.
         writes: False keeps quiet, as all processes but the first do.
     """
 
-    def __init__(self, folder: Path, keep_until: int = 0, writes: bool = True):
+    def __init__(self, folder: Path, keep: int = 0, writes: bool = True):
         self.writes = writes
         self.lines = folder / "metrics.jsonl"
         self.table = folder / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
         if writes:
-            if keep_until and self.lines.exists():
-                self.rows = [row for row in read_rows(self.lines) if row["step"] <= keep_until]
+            if keep and self.lines.exists():
+                self.rows = read_rows(self.lines)[:keep]
             self.lines.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
             self._write_table()
 

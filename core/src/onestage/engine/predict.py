@@ -276,9 +276,11 @@ class Predictor:
             try:
                 found: Detections = self.model.detect([image])[0]
             except torch.OutOfMemoryError as error:
+                now = torch.cuda.memory_allocated(self.device) / 1e9
                 peak = torch.cuda.max_memory_allocated(self.device) / 1e9
+                what = f"GPU memory ran out on an image of {tuple(image.shape[-2:])}"
                 raise MachineError(
-                    f"GPU memory ran out on an image of {tuple(image.shape[-2:])}: {peak:.1f} GB at the peak",
+                    f"{what}: {now:.1f} GB in use, {peak:.1f} GB at the peak",
                     "add --device cpu, --precision bf16 or a lower --max-dets",
                 ) from error
         found = found.to("cpu")

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from onestage.config import ScheduleConfig
-from onestage.data.loader import InstanceDataset, ResumableSampler, make_loader
+from onestage.data.loader import InstanceDataset, ResumableSampler, WorkerDied, make_loader
 from onestage.engine import distributed
 from onestage.engine.checkpoint import (
     WeightsInfo,
@@ -58,6 +58,7 @@ class TrainOptions:
         precision: bf16 runs the model under autocast.
         seed: Order of the data, augmentation and every draw while training; the model is built before.
         deterministic: Ask the GPU for deterministic algorithms too; the CPU always uses them.
+        sync_bn: Batch norms that learn take their statistics from all processes; on GPUs only.
         workers: Processes that load data; None: none on a small CPU, where they would compete with the model.
         accumulate: Batches per step; the schedule's batch size is divided among them and the processes.
         eval_every: Steps between evaluations; None: each epoch, or a tenth of a schedule in steps; 0: at the end only.
@@ -75,6 +76,7 @@ class TrainOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     deterministic: bool = False
+    sync_bn: bool = False
     workers: int | None = None
     accumulate: int = 1
     eval_every: int | None = None
@@ -180,6 +182,8 @@ class _State:
     batch: int = 0  # batches of this epoch that this process has taken
     epoch_loss: float = 0.0  # sum over them
     skipped: int = 0  # steps without an update, nan_policy "skip"
+    judged: int = 0  # step of the last evaluation
+    rows: int = 0  # of metrics, written so far
     plateau: Plateau = field(default_factory=Plateau)
     metrics: dict[str, float] = field(default_factory=dict)
     best_metrics: dict[str, float] = field(default_factory=dict)
@@ -228,7 +232,7 @@ class _Run:
         self.eval_every = _interval(options.eval_every, self.schedule, self.steps_per_epoch)
         self.save_every = _interval(options.save_every, self.schedule, self.steps_per_epoch)
 
-        self.model = model.to(self.device)
+        self.model = _synchronised(model, options).to(self.device)
         self.optimizer = make_optimizer(model, self.schedule)
         self.average = None if self.schedule.ema is None else AveragedModel(model, multi_avg_fn=_ema(self.schedule.ema))
         self.state = _State()
@@ -237,7 +241,7 @@ class _Run:
         self.network = _distributed(model, self.device)
         self.window = _Window()
         folder.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(folder, self.state.step, writes=distributed.rank_zero())
+        self.journal = Journal(folder, self.state.rows, writes=distributed.rank_zero())
 
     def loop(self) -> None:
         options, state = self.options, self.state
@@ -249,6 +253,9 @@ class _Run:
             Signals() as signals,
             self.progress_bar() as bar,
         ):
+            if self.must_judge():  # the run was stopped before it could
+                self.judge()
+                self.save()
             batches = _endless(self.loader, self.sampler, state.epoch, state.batch)
             begin = time.perf_counter()
             while state.step < end:
@@ -262,12 +269,15 @@ class _Run:
                 if state.step % options.log_every == 0 or state.step == end:
                     self.report({"lr": lr, **self.window.means()})
                     self.window = _Window()
-                if state.step == self.total or _due(state.step, self.eval_every):
-                    self.judge()
-                if state.step == end or stop or _due(state.step, self.save_every):
+                saves = stop or state.step == end or _due(state.step, self.save_every)
+                if saves:  # before an evaluation: that takes longer than one who stops a run waits
                     self.save()
                 if stop and state.step < self.total:
                     raise Interrupted(signals.number or signal.SIGTERM, self.last_file, state.step)
+                if self.must_judge():
+                    self.judge()
+                    if saves:
+                        self.save()
 
     def update(self, batches: Iterator[_Position], lr: float, signals: Signals) -> tuple[float, bool]:
         """One optimiser step; returns the loss and whether any process was told to stop."""
@@ -276,7 +286,7 @@ class _Run:
         self.network.train()
         loss, stop = 0.0, False
         for part in range(options.accumulate):
-            state.epoch, state.batch, images, targets = next(batches)
+            state.epoch, state.batch, images, targets = self.take(batches, part)
             images = [image.to(self.device, non_blocking=True) for image in images]
             targets = [target.to(self.device) for target in targets]
             seed = (options.seed, self.rank, state.step * options.accumulate + part)
@@ -303,6 +313,19 @@ class _Run:
             self.average.update_parameters(self.model)
         return loss, stop
 
+    def take(self, batches: Iterator[_Position], part: int) -> _Position:
+        """The next batch. If the loader dies between two steps, the run is saved; within one it stays where it was."""
+        try:
+            return next(batches)
+        except WorkerDied as died:
+            if part > 0 or not distributed.rank_zero():
+                raise
+            self.write_checkpoint()
+            raise WorkerDied(
+                f"{died.what} after step {self.state.step}, which is saved",
+                f"{died.fix}; then go on with --resume {self.last_file}",
+            ) from died
+
     def note_batch(self, loss: float) -> None:
         """Keeps the epoch's mean loss, by which the plateau schedule decides."""
         self.state.epoch_loss += loss
@@ -311,9 +334,15 @@ class _Run:
                 self.state.plateau.observe(self.state.epoch_loss / self.state.batch, self.schedule.gamma)
             self.state.epoch_loss = 0.0
 
+    def must_judge(self) -> bool:
+        """Whether an evaluation is due after this step and has not been."""
+        step = self.state.step
+        return self.state.judged < step and (step == self.total or _due(step, self.eval_every))
+
     def judge(self) -> None:
         """Evaluates; keeps the weights if they are the best so far."""
         state, learned = self.state, self.model if self.average is None else self.average.module
+        state.judged = state.step
         value = 0.0
         if self.val_set is not None:
             state.metrics, results = self.evaluate(
@@ -359,19 +388,23 @@ class _Run:
         """Writes last.ckpt from process 0; the state is the same in all, but for their random generators, which follow
         from the position."""
         if distributed.rank_zero():
-            save_checkpoint(
-                self.last_file,
-                {
-                    "state": asdict(self.state),
-                    "fingerprint": self.fingerprint(),
-                    "model": self.model.state_dict(),
-                    "ema": None if self.average is None else self.average.module.state_dict(),
-                    "ema_updates": 0 if self.average is None else int(self.average.n_averaged),
-                    "optimizer": self.optimizer.state_dict(),
-                    "info": replace(self.info, steps=self.state.step, metrics=self.state.metrics).to_json(),
-                },
-            )
+            self.write_checkpoint()
         distributed.barrier()
+
+    def write_checkpoint(self) -> None:
+        self.state.rows = len(self.journal.rows)
+        save_checkpoint(
+            self.last_file,
+            {
+                "state": asdict(self.state),
+                "fingerprint": self.fingerprint(),
+                "model": self.model.state_dict(),
+                "ema": None if self.average is None else self.average.module.state_dict(),
+                "ema_updates": 0 if self.average is None else int(self.average.n_averaged),
+                "optimizer": self.optimizer.state_dict(),
+                "info": replace(self.info, steps=self.state.step, metrics=self.state.metrics).to_json(),
+            },
+        )
 
     def restore(self, path: Path) -> None:
         """Takes up a run where last.ckpt left it."""
@@ -585,6 +618,16 @@ def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _synchronised(model: nn.Module, options: TrainOptions) -> nn.Module:
+    """The model with its batch norms as `sync_bn` says; parameters and their names stay."""
+    if not options.sync_bn or distributed.world_size() == 1:
+        return model
+    if _device(options).type != "cuda":
+        raise UsageError("--sync-bn works between GPUs only, and this run is on the CPU", "leave --sync-bn away")
+    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return synchronised
 
 
 def _gradients_meet(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:

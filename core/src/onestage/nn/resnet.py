@@ -60,7 +60,7 @@ class ResNet(nn.Module):
         frozen = self.stages() if self.config.norm != "train" else self.stages()[: self.config.frozen_stages]
         for stage in frozen:
             for module in stage.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm too
                     module.eval()
         return self
 
