@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from onestage.engine.distributed import reduce_mean
+from onestage.engine.distributed import reduce_mean, world_size
 from onestage.nn.retinanet import detection_losses
 from onestage.ops.assemble import crop_window
 from onestage.ops.mask_loss import mined_mask_loss
@@ -36,9 +36,7 @@ def compute_losses(
         `loss_cls`, `loss_box` and, with masks, `loss_mask`: scalars, each connected to its outputs even where the
         batch has no positive.
     """
-    positives = (targets.anchors.index >= 0).sum(1).clamp(min=1).sum().float()
-    if config.reduce_normalisers:
-        positives = reduce_mean(positives)
+    positives = normaliser((targets.anchors.index >= 0).sum(1).clamp(min=1).sum(), 0, config)
     class_sum, box_sum = detection_losses(
         raw.logits,
         raw.deltas,
@@ -72,7 +70,16 @@ def mask_loss(
             + 0 * raw.pixel_vectors[i].sum()
         )
     every = torch.cat(losses)
-    return every.sum() / (len(every) + 1) + 0 * raw.pixel_vectors.sum()
+    count = normaliser(targets.anchors.index.new_tensor(len(every)), 1, config)
+    return every.sum() / count + 0 * raw.pixel_vectors.sum()
+
+
+def normaliser(count: Tensor, more: float, config: RDSNetConfig) -> Tensor:
+    """What a sum of losses is divided by: `count` (a scalar) and `more`; with `reduce_normalisers` so that the mean
+    over processes is the loss of one process with all their images."""
+    if config.reduce_normalisers:
+        return reduce_mean(count.float()) + more / world_size()
+    return count.float() + more
 
 
 def instance_losses(

@@ -18,7 +18,7 @@ from onestage.ops.assemble import crop_window
 from onestage.structures import Target
 from rdsnet.config import RDSNetConfig
 from rdsnet.decode import contrast, inside
-from rdsnet.losses import instance_losses
+from rdsnet.losses import instance_losses, normaliser
 
 if TYPE_CHECKING:
     from rdsnet.small import SmallOutput
@@ -50,7 +50,7 @@ def compute_losses(
         matches.append(match_anchors(raw.anchors, relative[~target.iscrowd], relative[target.iscrowd]))
         instances.append((target[~target.iscrowd], relative[~target.iscrowd]))
     index = torch.stack(matches)
-    positives = (index >= 0).sum().clamp(min=1)
+    positives = normaliser((index >= 0).sum(), 0, config).clamp(min=1)
     box_sum, class_sum = 0 * raw.deltas.sum(), 0 * raw.logits.sum()
     for i, (target, boxes) in enumerate(instances):
         positive = (index[i] >= 0).nonzero().flatten()
@@ -142,7 +142,7 @@ def combined_masks(
             )
         means = losses.sum((0, 1)) / box_ops.area(cells)[owner]
         total = total + means.sum() * (len(positive) / max(1, len(chosen)))
-    return total / (index >= 0).sum().clamp(min=1)
+    return total / normaliser((index >= 0).sum(), 0, config).clamp(min=1)
 
 
 def correlated_masks(
@@ -167,7 +167,7 @@ def correlated_masks(
             instance_losses(raw.pixel_vectors[i], contrast(vectors_at(i, chosen)), cells, masks, owner, config)
         )
     every = torch.cat(losses)
-    return every.sum() / (len(every) + 1) + 0 * raw.pixel_vectors.sum()
+    return every.sum() / normaliser(index.new_tensor(len(every)), 1, config) + 0 * raw.pixel_vectors.sum()
 
 
 def semantic_loss(raw: SmallOutput, targets: list[Target]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from onestage.boxes import area as box_area
 from onestage.boxes import paired_iou
-from onestage.engine.distributed import reduce_mean
+from onestage.engine.distributed import reduce_mean, world_size
 from onestage.nn import fcos
 from onestage.nn.losses import giou_loss_ltrb, iou_loss, sigmoid_focal
 from onestage.nn.nms import greedy_nms
@@ -187,7 +187,10 @@ def scoring_loss(
         wanted = mask_iou(soft, truth[of_image.instance], SCORED_THRESHOLD)
         counted = wanted > SCORED_IOU
         errors.append((scoring(soft[counted], of_image.labels[counted]) - wanted[counted]) ** 2)
-    return SCORING_WEIGHT * torch.cat(errors).sum() / (0.1 + sum(len(part) for part in errors[1:]))
+    count, more = raw.logits.new_tensor(float(sum(len(part) for part in errors[1:]))), 0.1
+    if config.reduce_normalisers:
+        count, more = reduce_mean(count), more / world_size()
+    return SCORING_WEIGHT * torch.cat(errors).sum() / (count + more)
 
 
 def match_loss(
