@@ -96,6 +96,9 @@ def ray(session: nox.Session) -> None:
     install_development(session)
     session.install("ray[data]", "--constraint", "constraints.txt")
     session.run("python", "benchmarks/at_scale.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def kills(session: nox.Session) -> None:
     """Kill trainings at random moments, resume them and compare the ends; write a record: `-- --kills 20`."""
     install_development(session)
