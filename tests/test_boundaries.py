@@ -38,6 +38,7 @@ MAY_IMPORT = {
 }
 EXCEPTIONS = {
     ("nn/imagenet.py", "onestage.engine.checkpoint"),  # the one module that opens weights files
+    ("engine/export.py", "onestage.ops.deform"),  # what deformable convolutions become
     ("cli/train.py", "onestage.nn.imagenet"),  # --weights-backbone
     ("tables/__main__.py", "onestage.cli.tables"),  # the command of this folder's name
     ("masks.py", "onestage.ops.packed"),  # the forms of masks, on tensors: these ops know nothing of `Masks`
@@ -88,7 +89,17 @@ def test_kernels_are_imported_only_inside_functions():
 
 @pytest.mark.parametrize("module", ["onestage", *PAPERS])
 def test_import_loads_nothing_heavy(module):
-    optional = {"cv2", "matplotlib", "av", "onnx", "onnxruntime", "tensorboard", "faster_coco_eval", "supervision"}
+    optional = {
+        "cv2",
+        "matplotlib",
+        "av",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "tensorboard",
+        "faster_coco_eval",
+        "supervision",
+    }
     model = [] if module == "onestage" else [f"{module}.model"]
     assert not loaded_by(module, *model) & optional
 

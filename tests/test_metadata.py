@@ -65,6 +65,13 @@ def test_paper_requires_only_the_core_of_its_checkout(paper):
     assert project(paper)["dependencies"] == ["{env:ONESTAGE_CORE:onestage-core @ {root:parent:uri}/core}"]
 
 
+def test_export_wants_the_same_libraries_everywhere_and_the_tests_have_them(package):
+    wanted = project("core")["optional-dependencies"]["export"]
+    assert [name_and_marker(line)[0] for line in wanted] == ["onnx", "onnxruntime", "onnxscript"]
+    assert project(package)["optional-dependencies"]["export"] == wanted
+    assert set(wanted) <= set(tomllib.loads(read("pyproject.toml"))["dependency-groups"]["test"])
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_paper_is_found_by_command_and_entry_point(paper):
     about = project(paper)

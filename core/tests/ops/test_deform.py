@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchvision import ops
 
-from onestage.ops.deform import CHUNK, deform_conv2d, deform_conv2d_gather
+from onestage.errors import UsageError
+from onestage.ops.deform import CHUNK, deform_conv2d, deform_conv2d_gather, exported_as
 
 
 def test_zero_offsets_make_a_plain_convolution():
@@ -145,3 +146,40 @@ def _case(num_images, num_groups, stride, padding, dilation, modulated, seed):
     offset = torch.randn(num_images, num_groups * 12, height, width, generator=generator) * 3
     mask = torch.rand(num_images, num_groups * 6, height, width, generator=generator) if modulated else None
     return x, offset, weight, torch.randn(5, generator=generator), mask
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, x, offset, weight, bias, mask):
+        return deform_conv2d(x, offset, weight, bias, stride=2, padding=1, mask=mask)
+
+
+@pytest.mark.parametrize(("form", "operator"), [("operator", True), ("gather", False)])
+@torch.no_grad()
+def test_exported_forms_compute_the_same_at_any_size(form, operator):
+    sides = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
+    with exported_as(form):
+        inputs = _sized(2, 12, 10)
+        shapes = ({0: torch.export.Dim("batch", min=1, max=8), **{axis: 2 * side for axis, side in sides.items()}},)
+        shapes += ({0: shapes[0][0], **sides}, None, None, {0: shapes[0][0], **sides})
+        program = torch.export.export(_Layer(), inputs, dynamic_shapes=shapes)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert ("torchvision.deform_conv2d.default" in targets) == operator
+    assert not any("onestage" in target for target in targets)
+    x, offset, weight, bias, mask = _sized(3, 6, 16)
+    expected = ops.deform_conv2d(x, offset, weight, bias, 2, 1, 1, mask)
+    found = program.module(check_guards=False)(x, offset, weight, bias, mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_grouped_convolution_is_exported_as_an_operator_only():
+    x, offset = torch.zeros(1, 4, 5, 5), torch.zeros(1, 18, 5, 5)
+    with exported_as("gather"), pytest.raises(UsageError, match="has no gather formulation"):
+        deform_conv2d(x, offset, torch.zeros(4, 2, 3, 3), padding=1)
+
+
+def _sized(batch, height, width):
+    """Inputs of a modulated convolution of stride 2 with two offset groups."""
+    generator = torch.Generator().manual_seed(height)
+    shapes = ((batch, 4, height, width), (batch, 36, height // 2, width // 2), (3, 4, 3, 3), (3,))
+    x, offset, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, offset, weight, bias, torch.rand(batch, 18, height // 2, width // 2, generator=generator)

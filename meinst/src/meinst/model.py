@@ -68,6 +68,9 @@ class MEInst(nn.Module):
         config: Every switch of the method.
     """
 
+    output_type = RawOutput
+    parts_of_decode = ("codec",)
+
     def __init__(self, config: MEInstConfig):
         super().__init__()
         self.config = config
@@ -108,6 +111,11 @@ class MEInst(nn.Module):
         _, *features = self.backbone(pixels)
         return self.head(self.fpn(features))
 
+    def dense_outputs(self, pixels: Tensor) -> RawOutput:
+        """`raw_outputs` with the codes of every location in place of what they are read from, for export."""
+        raw = self.raw_outputs(pixels)
+        return raw._replace(codes=self.head.dense_codes(raw.mask_features), mask_features=[])
+
 
 class MEInstHead(nn.Module):
     """Class, box and mask branch (Fig. 2), shared by the levels."""
@@ -147,11 +155,17 @@ class MEInstHead(nn.Module):
             ),
             distances=flatten_levels(distances, 4),
             centerness=flatten_levels([self.centerness(x) for x in box_features], 1).squeeze(2),
-            codes=flatten_levels([self.codes(x) for x in mask_features], self.config.num_codes) if dense else None,
+            codes=self.dense_codes(mask_features) if dense else None,
             mask_features=mask_features,
             points=fcos.locations(sizes, device=features[0].device),
             sizes=sizes,
         )
+
+    def dense_codes(self, features: list[Tensor]) -> Tensor | None:
+        """Codes [B, P, D] of all locations, from the features they are read from; None without a mask branch."""
+        if not self.config.mask_branch:
+            return None
+        return flatten_levels([self.codes(x) for x in features], self.config.num_codes)
 
     def codes_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
         """Codes [N, D] of the locations `index` [N] int64 of one image."""

@@ -18,7 +18,7 @@ from onestage.nn import retinanet
 from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
 from onestage.nn.retinanet import STRIDES, RetinaNetHead
-from onestage.nn.towers import conv_at, conv_tower, conv_unit, init_normal
+from onestage.nn.towers import conv_at, conv_tower, conv_unit, flatten_levels, init_normal
 from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import Batch, prepare_batch
 from rdsnet.config import RDSNetConfig
@@ -39,6 +39,7 @@ class RawOutput(NamedTuple):
     sizes: list[tuple[int, int]]  # (h, w) of each level
     object_features: list[Tensor]  # per level [B, C, h, w], what object vectors are read from; empty without masks
     pixel_vectors: Tensor | None  # [B, d, H / 4, W / 4]; None without masks
+    object_vectors: Tensor | None = None  # [B, A, 2, d], for export; else see `vectors_at`
 
 
 class RDSNet(nn.Module):
@@ -52,6 +53,9 @@ class RDSNet(nn.Module):
     Args:
         config: Every switch of the method.
     """
+
+    output_type = RawOutput
+    parts_of_decode = ("mbrm",)
 
     def __init__(self, config: RDSNetConfig):
         super().__init__()
@@ -92,6 +96,12 @@ class RDSNet(nn.Module):
         _, *features = self.backbone(pixels)
         return self.head_outputs(self.fpn(features))
 
+    def dense_outputs(self, pixels: Tensor) -> RawOutput:
+        """`raw_outputs` with the vectors of every anchor in place of what they are read from, for export."""
+        raw = self.raw_outputs(pixels)
+        vectors = None if self.object_vectors is None else self.object_vectors.dense(raw.object_features)
+        return raw._replace(object_vectors=vectors, object_features=[])
+
     def head_outputs(self, levels: list[Tensor]) -> RawOutput:
         """The same from the pyramid P3..P7, each [B, C, h, w]."""
         logits, deltas = self.head(levels)
@@ -105,6 +115,8 @@ class RDSNet(nn.Module):
 
     def vectors_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
         """Background and foreground vectors [N, 2, d] of the anchors `index` [N] int64 of one image."""
+        if raw.object_vectors is not None:
+            return raw.object_vectors[image, index]
         assert self.object_vectors is not None, "a model without masks has no object vectors"
         return self.object_vectors.at([feature[image] for feature in raw.object_features], index)
 
@@ -133,6 +145,10 @@ class ObjectVectors(nn.Module):
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """The tower's features, [B, C, h, w] per level."""
         return [self.tower(level) for level in levels]
+
+    def dense(self, features: list[Tensor]) -> Tensor:
+        """Vectors [B, A, 2, d] of all anchors, from the tower's features."""
+        return flatten_levels([self.out(x) for x in features], 2 * self.length).unflatten(2, (2, self.length))
 
     def at(self, features: list[Tensor], index: Tensor) -> Tensor:
         """Vectors [N, 2, d] of the anchors `index` [N] int64, from the features [C, h, w] of one image's levels."""

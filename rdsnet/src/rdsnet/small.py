@@ -41,6 +41,7 @@ class SmallOutput(NamedTuple):
     features: list[Tensor]  # per level [B, C, h, w], what mask vectors are read from
     pixel_vectors: Tensor  # [B, d, h, w]; prototypes in YOLACT's words
     semantic: Tensor | None  # [B, K, h, w] logits at P3, in training only
+    vectors: Tensor | None = None  # [B, A, d] or [B, A, 2, d], for export; else see `vectors_at`
 
 
 class RDSNetSmall(nn.Module):
@@ -49,6 +50,9 @@ class RDSNetSmall(nn.Module):
     Args:
         config: With detector "yolact".
     """
+
+    output_type = SmallOutput
+    parts_of_decode = ()
 
     def __init__(self, config: RDSNetConfig):
         super().__init__()
@@ -84,6 +88,11 @@ class RDSNetSmall(nn.Module):
         _, *features = self.backbone(pixels)
         return self.head_outputs(self.fpn(features), (pixels.shape[2], pixels.shape[3]))
 
+    def dense_outputs(self, pixels: Tensor) -> SmallOutput:
+        """`raw_outputs` with the vectors of every anchor in place of what they are read from, for export."""
+        raw = self.raw_outputs(pixels)
+        return raw._replace(vectors=self.head.dense_vectors(raw.features), features=[])
+
     def head_outputs(self, levels: list[Tensor], input_size: tuple[int, int]) -> SmallOutput:
         """The same from the pyramid P3..P7, each [B, C, h, w], of inputs of (height, width)."""
         features, logits, deltas = self.head(levels)
@@ -94,6 +103,8 @@ class RDSNetSmall(nn.Module):
 
     def vectors_at(self, raw: SmallOutput, image: int, index: Tensor) -> Tensor:
         """Of the anchors `index` [N] int64 of one image: coefficients [N, d], or two vectors [N, 2, d]."""
+        if raw.vectors is not None:
+            return raw.vectors[image, index]
         return self.head.vectors_at([feature[image] for feature in raw.features], index)
 
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
@@ -120,6 +131,12 @@ class SmallHead(nn.Module):
         features = [self.shared(level) for level in levels]
         logits = flatten_levels([self.logits(feature) for feature in features], self.config.num_classes + 1)
         return features, logits, flatten_levels([self.deltas(feature) for feature in features], 4)
+
+    def dense_vectors(self, features: list[Tensor]) -> Tensor:
+        """What `vectors_at` says of all anchors: [B, A, d] or [B, A, 2, d]."""
+        length = self.config.vector_length
+        vectors = flatten_levels([self.vectors(x) for x in features], self.num_vectors * length)
+        return vectors.tanh() if self.config.masks == "lc" else vectors.unflatten(2, (self.num_vectors, length))
 
     def vectors_at(self, features: list[Tensor], index: Tensor) -> Tensor:
         """[N, d] in (-1, 1) or [N, 2, d] of any sign, of the anchors `index` [N] int64."""

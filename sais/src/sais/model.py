@@ -7,6 +7,7 @@ choice each one is.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,6 +54,9 @@ class SAIS(nn.Module):
         config: Every switch of the method.
     """
 
+    output_type = RawOutput
+    parts_of_decode = ()
+
     def __init__(self, config: SAISConfig):
         super().__init__()
         self.config = config
@@ -80,6 +84,11 @@ class SAIS(nn.Module):
         raw: RawOutput = self.head(levels)
         # Not by `_replace`, which torch.compile does not trace.
         return raw if self.protonet is None else RawOutput(*(*raw[:-1], self.protonet(levels[0])))
+
+    def dense_outputs(self, pixels: Tensor) -> RawOutput:
+        """`raw_outputs` with the coefficients of every location in place of what they are read from, for export."""
+        raw = self.raw_outputs(pixels)
+        return raw._replace(coefficients=self.head.dense_coefficients(raw.features), features=[])
 
     @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
@@ -119,14 +128,10 @@ class SAISHead(nn.Module):
             cls_feature, box_feature = self.cls_tower(level), self.box_tower(level)
             logits.append(self.logits(cls_feature))
             centerness.append(self.centerness(cls_feature))
-            with torch.autocast(level.device.type, enabled=False):  # one step of bf16 would be 1 % of a box's side
+            with _no_autocast(level.device.type):  # one step of bf16 would be 1 % of a box's side
                 distances.append(scale(self.distances(box_feature.float())).exp())
             fused.append(cls_feature + box_feature if self.config.fuse else cls_feature)
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
-        coefficients = None
-        if self.coefficients is not None and self.training:
-            k = self.config.num_prototypes
-            coefficients = flatten_levels([self.coefficients(feature) for feature in fused], k).tanh()
         return RawOutput(
             fcos.locations(sizes, device=levels[0].device),
             sizes,
@@ -134,11 +139,24 @@ class SAISHead(nn.Module):
             flatten_levels(distances, 4),
             flatten_levels(centerness, 1).squeeze(2),
             fused,
-            coefficients,
+            self.dense_coefficients(fused) if self.training else None,
             None,
         )
 
+    def dense_coefficients(self, features: list[Tensor]) -> Tensor | None:
+        """Coefficients [B, P, k] of all locations, from the features they are read from; None without masks."""
+        if self.coefficients is None:
+            return None
+        return flatten_levels([self.coefficients(x) for x in features], self.config.num_prototypes).tanh()
+
     def coefficients_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
         """Coefficients [N, k] of the locations `index` [N] int64 of one image."""
+        if raw.coefficients is not None:
+            return raw.coefficients[image, index]
         assert self.coefficients is not None, "a model without masks has no coefficients"
         return conv_at(self.coefficients, [feature[image] for feature in raw.features], index).tanh()
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Ends autocast where there is any; an exported graph would keep the context as an operator of its own."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

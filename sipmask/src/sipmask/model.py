@@ -66,6 +66,9 @@ class SipMask(nn.Module):
         config: Every switch of the method.
     """
 
+    output_type = RawOutput
+    parts_of_decode = ("head.scoring", "head.tracking.mix")
+
     def __init__(self, config: SipMaskConfig):
         super().__init__()
         self.config = config
@@ -135,6 +138,11 @@ class SipMask(nn.Module):
         assert self.head.tracking is not None
         return raw._replace(reference_tracking=self.head.tracking([level[len(pixels) :] for level in levels]))
 
+    def dense_outputs(self, pixels: Tensor) -> RawOutput:
+        """`raw_outputs` with the coefficients of every location in place of what they are read from, for export."""
+        raw = self.raw_outputs(pixels)
+        return raw._replace(coefficients=_flatten([self.head.coefficients(x) for x in raw.aligned]), aligned=[])
+
     def _pyramid(self, pixels: Tensor) -> list[Tensor]:
         _, *features = self.backbone(pixels)
         levels: list[Tensor] = self.fpn(features)
@@ -196,6 +204,8 @@ class SipMaskHead(nn.Module):
 
     def coefficients_at(self, raw: RawOutput, image: int, index: Tensor) -> Tensor:
         """Coefficients [N, rows * columns * m] of the locations `index` [N] int64 of one image."""
+        if raw.coefficients is not None:
+            return raw.coefficients[image, index]
         return conv_at(self.coefficients, [feature[image] for feature in raw.aligned], index)
 
     def _initialise(self) -> None:

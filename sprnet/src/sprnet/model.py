@@ -46,6 +46,7 @@ class RawOutput(NamedTuple):
     logits: Tensor  # [B, A, K] class logits
     deltas: Tensor  # [B, A, 4] box codes
     levels: list[Tensor]  # the pyramid, [B, C, h, w] each
+    vectors: Tensor | None = None  # [B, P, C'] what masks are decoded from, for export; else see `MaskHead.masks_at`
 
 
 class SPRNet(nn.Module):
@@ -59,6 +60,9 @@ class SPRNet(nn.Module):
     Args:
         config: Every switch of the method.
     """
+
+    output_type = RawOutput
+    parts_of_decode = ("mask_head.decoder",)
 
     def __init__(self, config: SPRNetConfig):
         super().__init__()
@@ -94,6 +98,12 @@ class SPRNet(nn.Module):
         logits, deltas = self.head(levels)
         return RawOutput(anchors, sizes, logits, deltas, levels)
 
+    def dense_outputs(self, pixels: Tensor) -> RawOutput:
+        """`raw_outputs` with what masks are decoded from at every location in place of the pyramid, for export."""
+        raw = self.raw_outputs(pixels)
+        vectors = None if self.mask_head is None else self.mask_head.dense_vectors(raw.levels)
+        return raw._replace(vectors=vectors, levels=[])
+
     @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
         """Detections with `Masks` in box windows; never a dense mask unless its form is asked for. Call in eval mode.
@@ -105,7 +115,9 @@ class SPRNet(nn.Module):
         form: MaskForm = masks if isinstance(masks, str) else "binary" if masks else "none"
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
-        masks_at = None if self.mask_head is None else partial(self.mask_head.masks_at, raw.levels)
+        masks_at = None
+        if self.mask_head is not None:
+            masks_at = partial(self.mask_head.masks_at, raw.levels, dense=raw.vectors)
         return decode(raw, batch.frames, masks_at, self.config, form)
 
 
@@ -134,13 +146,22 @@ class MaskHead(nn.Module):
         vectors = [self.fusion.at([level[i] for level in levels], index) for i, index in enumerate(pixels)]
         return self.decoder(torch.cat(vectors), labels)
 
-    def masks_at(self, levels: list[Tensor], image: int, pixels: Tensor, labels: Tensor) -> Tensor:
+    def dense_vectors(self, levels: list[Tensor]) -> Tensor:
+        """What masks are decoded from, [B, P, C'], at all locations of the pyramid [B, C, h, w] each."""
+        return flatten_levels([self.fusion(level) for level in levels], self.fusion.channels)
+
+    def masks_at(
+        self, levels: list[Tensor], image: int, pixels: Tensor, labels: Tensor, dense: Tensor | None = None
+    ) -> Tensor:
         """Mask logits [N, 32, 32] of the `pixels` [N] of one image for classes `labels` [N]; a pixel is decoded once.
 
-        Detections of one pixel differ in class and box only.
+        Detections of one pixel differ in class and box only. `dense` is what `dense_vectors` gave, if it was asked.
         """
         distinct, owner = pixels.unique(return_inverse=True)
-        vectors = self.fusion.at([level[image] for level in levels], distinct)
+        if dense is None:
+            vectors = self.fusion.at([level[image] for level in levels], distinct)
+        else:
+            vectors = dense[image, distinct]
         logits = vectors.new_empty(len(pixels), *self.decoder.size)
         for start in range(0, len(distinct), CHUNK):
             own = ((owner >= start) & (owner < start + CHUNK)).nonzero().flatten()

@@ -129,7 +129,7 @@ class Predict(Common):
     """Finds instances in images: pictures, COCO JSON, masks."""
 
     source: Positional[tuple[str, ...]] = ()  # files, folders, patterns in quotes; - reads a list from stdin
-    weights: Path | None = None  # .safetensors or last.ckpt (required)
+    weights: Path | None = None  # .safetensors, last.ckpt or a folder that export wrote (required)
     score_thr: float = 0.3  # leave out instances below this score
     max_dets: int | None = None  # at most so many instances per image
     classes: tuple[str, ...] = ()  # only these categories, by name
@@ -139,6 +139,20 @@ class Predict(Common):
     skip_existing: Switch = False  # leave out images that --output already has
     shard: str = "0/1"  # I/N: every N-th image starting with image I, for N machines
     stride: int = 1  # every n-th image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Model, Common):
+    """Writes the network for other runtimes (ONNX, torch.export), runs it there and compares."""
+
+    weights: Path | None = None  # .safetensors or last.ckpt; default: random parameters, to measure a runtime with
+    format: Literal["onnx", "torch", "both"] = "onnx"
+    dynamic: bool = True  # any number of images, and any size where the recipe has no fixed one
+    opset: int = 20  # ONNX's
+    deformable: Literal["operator", "gather"] = "operator"  # gather: for runtimes without deformable convolutions
+    check: bool = True  # run what was written and compare it with the model
+    image: tuple[str, ...] = ()  # picture files to compare on; default: generated ones
+    tolerance: tuple[float, float, float] = (1e-3, 1e-4, 1e-4)  # allowed: boxes in px, share of mask pixels, scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +193,13 @@ VERBS: dict[str, type[Talk]] = {
     "train": Train,
     "eval": Eval,
     "predict": Predict,
+    "export": Export,
     "convert": Convert,
     "benchmark": Benchmark,
     "info": Info,
 }
-WITH_VARIANT = ("train", "eval", "benchmark")
-WITH_MODEL = ("demo", "train", "eval", "benchmark")  # verbs with --model.*
+WITH_VARIANT = ("train", "eval", "export", "benchmark")
+WITH_MODEL = ("demo", "train", "eval", "export", "benchmark")  # verbs with --model.*
 WITH_OPTIM = ("demo", "train")  # verbs with --optim.*
 # Flags that a config.json does not carry: they belong to one call, or the config has what they mean.
 PER_CALL = {"json", "quiet", "verbose", "output", "overwrite", "config", "print_config", "dry_run", "resume", "replay"}

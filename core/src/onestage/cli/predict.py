@@ -21,6 +21,7 @@ from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
 from onestage.data.coco import read_image
 from onestage.engine.checkpoint import write_atomically
+from onestage.engine.export import DECODE
 from onestage.engine.predict import Predictor, Result
 from onestage.errors import DatasetError, UsageError, some
 from onestage.method import Method
@@ -45,14 +46,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     if flags.weights is None:
         raise UsageError("--weights is missing", f"python -m {method.name}.predict IMAGE --weights best.safetensors")
     sources = _share(find_sources(flags.source), flags)
-    predictor = Predictor.from_weights(
-        flags.weights,
-        method=method,
-        device=flags.device,
-        precision=flags.precision,
-        score_threshold=flags.score_thr,
-        max_detections=flags.max_dets,
-    )
+    predictor = _predictor(method, flags)
     wanted = _labels(predictor.categories, flags.classes)
     if flags.dry_run:
         return {"dry_run": True, "images": len(sources)}
@@ -104,6 +98,16 @@ def run(method: Method, call: Call) -> dict[str, Any]:
             "json": str(book.path) if "json" in flags.save else None,
             "run": str(run.folder),
         }
+
+
+def _predictor(method: Method, flags: Any) -> Predictor:
+    """Of a weights file, or of a folder that `export` wrote."""
+    limits = {"method": method, "score_threshold": flags.score_thr, "max_detections": flags.max_dets}
+    if not (flags.weights / DECODE).is_file():
+        return Predictor.from_weights(flags.weights, device=flags.device, precision=flags.precision, **limits)
+    if flags.precision != "fp32":
+        raise UsageError("--precision bf16 is not for exported networks", "leave it away")
+    return Predictor.from_export(flags.weights, device="cpu" if flags.device == "auto" else flags.device, **limits)
 
 
 def find_sources(words: Sequence[str]) -> list[Source]:

@@ -25,6 +25,7 @@ RUNS = Path("runs")
 OWN_FILES = ["config.json", "environment.json", "error.json", "log.txt", "results.json", "metrics.json"]
 OWN_FILES += ["metrics.csv", "metrics.jsonl", "last.ckpt", "best.safetensors", "predictions.json", "index.html"]
 OWN_FILES += ["tracks.jsonl", "tracks.json", "tracked.mp4", "summary.json", "explore.json", "report.json"]
+OWN_FILES += ["network.onnx", "network.pt2", "decode.safetensors", "export.json"]
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pycocotools", "pillow", "tyro", "safetensors", "onestage-core")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "ONESTAGE_KERNELS", "ONESTAGE_OFFLINE")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from onestage.data.coco import read_image
 from onestage.data.validate import MAX_PIXELS
 from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.distributed import pick_device
+from onestage.engine.export import load_exported
 from onestage.engine.guard import autocast
 from onestage.engine.network import Mode, prepare_network
 from onestage.errors import MachineError, UsageError, WeightsError
@@ -163,7 +167,7 @@ class Result:
 
 
 class Predictor:
-    """A model ready for images; calls do not change it, so threads may share it (but not in mode "graph").
+    """A model ready for images. Threads may share it, and other processes take a copy of it (pickled).
 
     Args:
         model: With `detect(images)`; is put into eval mode and moved.
@@ -192,8 +196,9 @@ class Predictor:
     ):
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
-        if mode != "eager" or channels_last:
-            prepare_network(self.model, mode=mode, channels_last=channels_last)
+        self.mode: Mode = mode
+        self.channels_last = channels_last
+        self._prepare()
         self.categories = tuple((int(number), str(name)) for number, name in categories)
         self.precision = precision
         self.score_threshold = score_threshold
@@ -230,12 +235,7 @@ class Predictor:
         state, info = load_weights(path, package=method.name if method else None)
         method = method or find_method(info.package)
         config: Any = config_from_dict(method.config_type, info.config)
-        inference = replace(
-            config.inference, score_threshold=min(config.inference.score_threshold, max(score_threshold, 0.0))
-        )
-        if max_detections is not None:
-            inference = replace(inference, max_detections=max_detections)
-        model = method.build(replace(config, inference=inference))
+        model = method.build(_with_limits(config, score_threshold, max_detections))
         load_into(model, state, info)
         return cls(
             model,
@@ -247,6 +247,44 @@ class Predictor:
             max_pixels=max_pixels,
             mode=mode,
             channels_last=channels_last,
+        )
+
+    @classmethod
+    def from_export(
+        cls,
+        folder: str | Path,
+        *,
+        runtime: Literal["onnx", "torch"] = "onnx",
+        method: Method | None = None,
+        device: str = "cpu",
+        score_threshold: float = 0.3,
+        max_detections: int | None = None,
+        max_pixels: float = MAX_PIXELS,
+    ) -> Predictor:
+        """Runs an exported network; resizing, selection and masks are the package's own.
+
+        Args:
+            folder: What the verb `export` wrote.
+            runtime: "onnx": onnxruntime; "torch": the `torch.export` program, which may do anything that Python can:
+                for folders you trust.
+            method: The paper's package; None: found among the installed ones.
+            device: cpu, cuda, cuda:N.
+            score_threshold, max_detections, max_pixels: As for `from_weights`.
+        """
+        model, info = load_exported(
+            folder,
+            method_of=lambda package: method or find_method(package),
+            runtime=runtime,
+            device=pick_device(device),
+            configured=lambda config: _with_limits(config, score_threshold, max_detections),
+        )
+        return cls(
+            model,
+            info.categories,
+            device=device,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            max_pixels=max_pixels,
         )
 
     @overload
@@ -269,10 +307,32 @@ class Predictor:
             return [self._predict(image) for image in source]
         return self._predict(source)  # type: ignore[arg-type]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the prepared network and the lock: a copy makes its own."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_turn"}
+        if self._is_prepared:
+            state["model"] = copy.copy(self.model)
+            del state["model"].__dict__["raw_outputs"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    @property
+    def _is_prepared(self) -> bool:
+        return self.mode != "eager" or self.channels_last
+
+    def _prepare(self) -> None:
+        if self._is_prepared:
+            prepare_network(self.model, mode=self.mode, channels_last=self.channels_last)
+        # A graph writes its outputs to the same memory every time: one image after the other.
+        self._turn: AbstractContextManager[Any] = threading.Lock() if self.mode == "graph" else nullcontext()
+
     @torch.no_grad()
     def _predict(self, source: ImageLike) -> Result:
         image = to_tensor(source, max_pixels=self.max_pixels).to(self.device)
-        with autocast(self.device, self.precision):
+        with self._turn, autocast(self.device, self.precision):
             try:
                 found: Detections = self.model.detect([image])[0]
             except torch.OutOfMemoryError as error:
@@ -283,9 +343,19 @@ class Predictor:
                     f"{what}: {now:.1f} GB in use, {peak:.1f} GB at the peak",
                     "add --device cpu, --precision bf16 or a lower --max-dets",
                 ) from error
-        found = found.to("cpu")
+            found = found.to("cpu")
         keep = found.scores >= self.score_threshold
         return Result(found[keep][: self.max_detections], self.categories)
+
+
+def _with_limits(config: Any, score_threshold: float, max_detections: int | None) -> Any:
+    """The config whose own threshold lets through what is asked for."""
+    inference = replace(
+        config.inference, score_threshold=min(config.inference.score_threshold, max(score_threshold, 0.0))
+    )
+    if max_detections is not None:
+        inference = replace(inference, max_detections=max_detections)
+    return replace(config, inference=inference)
 
 
 def find_method(package: str) -> Method:

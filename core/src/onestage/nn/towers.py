@@ -76,7 +76,7 @@ def flatten_levels(maps: Sequence[Tensor], channels: int) -> Tensor:
     Returns:
         [B, P * A, channels]: level by level, row by row, anchor by anchor.
     """
-    flat = [x.permute(0, 2, 3, 1).reshape(len(x), -1, channels) for x in maps]
+    flat = [x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels) for x in maps]
     return torch.cat(flat, dim=1)
 
 

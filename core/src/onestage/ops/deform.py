@@ -3,7 +3,10 @@
 B images, C input channels, O output channels, g offset groups, T kernel taps (row-major), h w output grid.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torchvision import ops
 
+from onestage.errors import UsageError
 from onestage.ops.dispatch import wants_triton
 
 Pair = tuple[int, int]
@@ -19,6 +23,24 @@ KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Output cells per gather: the gathered columns of a chunk (256 channels, 9 taps: 9 MB) stay near the cache.
 CHUNK = 1024
+
+ExportedForm = Literal["operator", "gather"]
+_exported_form: ContextVar[ExportedForm | None] = ContextVar("exported_form", default=None)
+
+
+@contextmanager
+def exported_as(form: ExportedForm) -> Iterator[None]:
+    """What a deformable convolution becomes in a program that other runtimes shall read and that is traced in here.
+
+    Args:
+        form: "operator": torchvision's, ONNX's DeformConv, for float32. "gather": indexing and matrix products, which
+            every runtime has; slower, and its columns (9 times the channels) exist whole.
+    """
+    token = _exported_form.set(form)
+    try:
+        yield
+    finally:
+        _exported_form.reset(token)
 
 
 def deform_conv2d(
@@ -49,6 +71,10 @@ def deform_conv2d(
         half types are multiplied as such, and autocast casts `x` as that of any convolution.
     """
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    form = _exported_form.get()
+    if form is not None:
+        compute = ops.deform_conv2d if form == "operator" else _deform_conv2d_indexed
+        return compute(x, offset, weight, bias, stride, padding, dilation, mask)
     if x.dtype in KERNEL_TYPES and (wants_triton(x) or torch.compiler.is_compiling()):
         if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))
@@ -156,16 +182,54 @@ def deform_conv2d_gather(
     Arguments as above, one weight group. A sample is a weighted bag of four table rows, which is what
     `embedding_bag` sums without writing the four rows out.
     """
+    table, share, kernel, index = _gather_plan(x, offset, weight, stride, padding, dilation, mask)
+    return _as_maps(_GatherProduct.apply(table, share, kernel, index), bias, offset)
+
+
+def _deform_conv2d_indexed(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> Tensor:
+    """The same with nothing but indexing, products and sums, of any size: for export."""
+    if weight.shape[1] != x.shape[1]:
+        raise UsageError("a grouped deformable convolution has no gather formulation", "export it as an operator")
+    table, share, kernel, index = _gather_plan(x, offset, weight, stride, padding, dilation, mask)
+    corners = [table[index[..., corner]] * share[..., corner, None] for corner in range(4)]  # [M, T * g, C / g]
+    columns = corners[0] + corners[1] + corners[2] + corners[3]
+    return _as_maps(columns.reshape(-1, kernel.shape[0]) @ kernel, bias, offset)
+
+
+def _gather_plan(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_GatherProduct` wants: table, shares, kernel, index."""
     num_taps = weight.shape[2] * weight.shape[3]
     num_groups = offset.shape[1] // (2 * num_taps)
     index, share = _corners(x.shape[2:], offset, mask, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     # Row cell * g + group holds the channels of one offset group at one cell of the batch.
     table = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1] // num_groups).contiguous()
     kernel = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])  # [T * C, O]
-    out: Tensor = _GatherProduct.apply(table, share, kernel, index)  # [B * h * w, O]
+    return table, share, kernel, index
+
+
+def _as_maps(out: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+    """[B * h * w, O] as [B, O, h, w]."""
     if bias is not None:
         out = out + bias
-    return out.reshape(len(x), -1, len(kernel.T)).transpose(1, 2).reshape(len(x), -1, *offset.shape[2:])
+    num_images, _, height, width = offset.shape
+    return out.reshape(num_images, height * width, out.shape[1]).transpose(1, 2).unflatten(2, (height, width))
 
 
 class _GatherProduct(torch.autograd.Function):

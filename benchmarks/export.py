@@ -1,0 +1,50 @@
+"""Exports one R-50 of each method to ONNX and torch.export, runs both and keeps what differs, as a record a package.
+
+Random parameters: it shows that the runtimes compute what the model computes, and says nothing about accuracy. Inputs
+are 480 x 640 and 640 x 480 (SAIS, whose inputs are square: 480 x 480). `python -m PACKAGE.export` does the work and the
+comparing; it fails if a difference is larger than allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from onestage.method import Method
+from onestage.tables.record import write_record
+
+PACKAGES = ("sprnet", "meinst", "sais", "rdsnet", "sipmask")
+SIZE = 480  # px, shorter side
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="default: all")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "export")
+    options = parser.parse_args()
+    for package in options.packages or PACKAGES:
+        method: Method = import_module(f"{package}.method").METHOD
+        print(f"record: {write(package, method.default_variant, options.results)}", flush=True)
+
+
+def write(package: str, variant: str, results: Path, *flags: str) -> Path:
+    """Exports one variant in a process of its own and writes its record."""
+    words = ["--variant", variant, "--size", str(SIZE), "--format", "both", *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", f"{package}.export", *words, "--output", folder, "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    del found["run"]
+    libraries = {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
+    body = {"kind": "export", "weights": "random", "results": found, "libraries": libraries}
+    return write_record(results, f"export-{package}", {"package": package, "flags": words}, body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""`python -m rdsnet.export`: the network for other runtimes, compared with the model."""
+
+from rdsnet.__main__ import run_verb
+
+if __name__ == "__main__":
+    run_verb("export")
