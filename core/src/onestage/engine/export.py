@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,8 +165,16 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int, c
             output_names=list(card["outputs"]),
             verbose=False,
         )
+    _name_sizes(converted)
     converted.model.metadata_props["onestage"] = json.dumps(card)
     converted.save(path, external_data=False)
+
+
+def _name_sizes(converted: Any) -> None:
+    """Calls open sizes batch, rows and columns in place of the tracer's symbols."""
+    shape = [str(side) for side in converted.model.graph.inputs[0].shape]
+    symbols = {name: re.findall(r"\bs\d+\b", shape[axis]) for axis, name in ((0, "batch"), (2, "rows"), (3, "columns"))}
+    converted.rename_axes({found[0]: name for name, found in symbols.items() if found})
 
 
 @contextmanager

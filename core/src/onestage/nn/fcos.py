@@ -39,7 +39,8 @@ def locations(
     for (height, width), stride in zip(sizes, strides, strict=True):
         y = torch.arange(height, dtype=torch.float32, device=device) * stride + stride // 2
         x = torch.arange(width, dtype=torch.float32, device=device) * stride + stride // 2
-        points.append(torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=1))
+        # Broadcast, not repeated: ONNX's exporter gets repeat_interleave wrong where sizes are open.
+        points.append(torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=2).flatten(0, 1))
     return torch.cat(points)
 
 

@@ -120,9 +120,10 @@ def anchors(
     keep = device is not None and device.type == "cuda" and not torch.compiler.is_compiling()
     for (height, width), stride in zip(sizes, strides, strict=True):
         cell = _cell_anchors_on(device, stride, **shape) if keep else cell_anchors(stride, **shape).to(device)
-        y = (torch.arange(height, dtype=torch.float32, device=device) * stride).repeat_interleave(width)
-        x = (torch.arange(width, dtype=torch.float32, device=device) * stride).repeat(height)
-        shift = torch.stack((x, y, x, y), dim=1)
+        # Broadcast, not repeated: ONNX's exporter gets repeat_interleave wrong where sizes are open.
+        y = (torch.arange(height, dtype=torch.float32, device=device) * stride)[:, None].expand(height, width)
+        x = (torch.arange(width, dtype=torch.float32, device=device) * stride).expand(height, width)
+        shift = torch.stack((x, y, x, y), dim=2).flatten(0, 1)
         levels.append((shift[:, None] + cell[None]).reshape(-1, 4))
     return torch.cat(levels)
 
