@@ -18,14 +18,17 @@ from onestage.errors import UsageError
 PAPERS = sorted(
     path.parent.name for path in Path(__file__).parents[1].glob("*/pyproject.toml") if path.parent.name != "core"
 )
+OPEN = ("rdsnet", "sipmask")  # sizes too: tracing them takes longest, and the others are of the same parts
 CATEGORIES = ((3, "ring"), (5, "star"), (9, "heart"))
 
 
 def tiny(package):
-    """The package and the smallest network that has all its parts; any input size."""
+    """The package and the smallest network that has all its parts."""
     method = import_module(f"{package}.method").METHOD
     small = method.variants[method.small_variant]
     size = replace(small.input, resize="keep_ratio", test_size=(64, 128))
+    if package not in OPEN:
+        size = replace(size, resize="fixed", test_size=(64, 96))
     return method, replace(small, num_classes=len(CATEGORIES), tower_depth=1, input=size)
 
 
@@ -64,7 +67,8 @@ def test_other_runtimes_find_what_the_model_finds(package, call, tmp_path, capsy
     assert code == 0, err
     for form in ("onnx", "torch"):
         lying, standing = record["differences"][form]
-        assert (lying["input_shape"], standing["input_shape"]) == ([1, 3, 64, 96], [2, 3, 96, 64])
+        assert lying["input_shape"] == [1, 3, 64, 96]
+        assert standing["input_shape"] == ([2, 3, 96, 64] if package in OPEN else [2, 3, 64, 96])
         for difference in (lying, standing):
             assert difference["detections"] > 0
             assert difference["unpaired"] == 0
@@ -103,7 +107,7 @@ def test_a_network_that_differs_leaves_with_6_and_the_numbers(call, tmp_path, mo
     code, record, err = call(method, *words)
     assert code == 6
     assert record["exit_code"] == 6
-    assert "network.pt2 differs from the model on an input of (1, 3, 64, 128): boxes by 0." in err
+    assert "network.pt2 differs from the model on an input of (1, 3, 64, 96): boxes by 0." in err
     assert (tmp_path / "out" / "results.json").is_file()
     code, record, _ = call(method, *words, "--overwrite", "--no-check")
     assert (code, record["differences"]) == (0, None)
@@ -113,7 +117,7 @@ def test_a_network_that_differs_leaves_with_6_and_the_numbers(call, tmp_path, mo
 
 def test_a_fixed_network_takes_its_size_and_refuses_others(call, tmp_path):
     method, config = tiny("meinst")
-    config = replace(config, input=replace(config.input, test_size=(64, 96)))
+    config = replace(config, input=replace(config.input, resize="keep_ratio"))
     save(method, config, tmp_path / "w.safetensors")
     code, record, err = call(method, "--format", "torch", "--no-dynamic")
     assert code == 0, err
