@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -44,7 +45,10 @@ def main() -> None:
         torch.set_num_threads(1)  # as in a worker, so that sums are the same bit for bit
         one = page.Find(weights, 0.0)
         expected = [one(image) for image in page.images_in(images)]
-        ray.init(num_cpus=options.workers + 1, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            num_cpus=options.workers + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
         start = time.perf_counter()
         found = page.find_with_ray(images, weights, workers=options.workers, score_threshold=0.0).take_all()
         seconds = time.perf_counter() - start
