@@ -55,7 +55,7 @@ class Rules:
 
     @property
     def iou_kind(self) -> str:
-        """Of what IoUs are matched by."""
+        """Which IoU decides, mask or box."""
         return "mask" if self.masks else "box"
 
     def definitions(self) -> dict[str, str]:
