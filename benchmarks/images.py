@@ -44,6 +44,7 @@ from torchvision.models import detection
 from onestage.engine.guard import autocast
 from onestage.engine.network import MODES, GraphedNetwork, prepare_network
 from onestage.nn.fcos import STRIDES
+from onestage.ops import host
 from onestage.tables.record import write_record
 from onestage.transforms import prepare_batch
 
@@ -404,15 +405,17 @@ def admit(model: Any, image: Tensor) -> int:
 
     low, high, config = 0.0, 1.0, model.config
     object.__setattr__(model, "raw_outputs", once)
-    for _ in range(60):
-        middle = (low + high) / 2
-        model.config = replace(config, inference=replace(config.inference, score_threshold=middle))
-        with counted_candidates(suppress=False) as counts:
-            model.detect([image], masks=False)
-        (count,) = counts  # one call of greedy NMS; variants with matrix NMS have none
-        if count == NUM_CANDIDATES:
-            break
-        low, high = (middle, high) if count > NUM_CANDIDATES else (low, middle)
+    # With shapes that are not fixed, whatever the device: candidates are counted where torchvision's NMS gets them.
+    with mock.patch.object(host, "keeps_fixed_shapes", return_value=False):
+        for _ in range(60):
+            middle = (low + high) / 2
+            model.config = replace(config, inference=replace(config.inference, score_threshold=middle))
+            with counted_candidates(suppress=False) as counts:
+                model.detect([image], masks=False)
+            (count,) = counts  # one call of greedy NMS; variants with matrix NMS have none
+            if count == NUM_CANDIDATES:
+                break
+            low, high = (middle, high) if count > NUM_CANDIDATES else (low, middle)
     del model.raw_outputs
     return count
 

@@ -58,12 +58,12 @@ def test_nms_is_by_class_and_boxes_of_iou_one_half_stay():
 def test_each_level_offers_its_best_pairs():
     logits = torch.full((3 * 9, 2), -9.0)  # levels of 2 and 1 cells
     logits[3, 1], logits[7, 0], logits[11, 0], logits[20, 1] = 2.0, 3.0, 1.0, -1.0
-    index, labels, scores = best_pairs(logits, [(1, 2), (1, 1)], 0.05, 2)
-    assert index.tolist() == [7, 3, 20]
-    assert labels.tolist() == [0, 1, 1]
-    assert_close(scores, torch.tensor([3.0, 2.0, -1.0]).sigmoid())
-    assert len(best_pairs(logits, [(1, 2), (1, 1)], 0.5, 100)[0]) == 3
-    assert len(best_pairs(logits, [(1, 2), (1, 1)], 0.0, 100)[0]) == 36 + 18
+    pairs = best_pairs(logits, [(1, 2), (1, 1)], 0.05, 2)
+    assert pairs.index.tolist() == [7, 3, 20]
+    assert pairs.labels.tolist() == [0, 1, 1]
+    assert_close(pairs.scores, torch.tensor([3.0, 2.0, -1.0]).sigmoid())
+    assert len(best_pairs(logits, [(1, 2), (1, 1)], 0.5, 100).index) == 3
+    assert len(best_pairs(logits, [(1, 2), (1, 1)], 0.0, 100).index) == 36 + 18
 
 
 def test_detections_are_at_most_a_hundred_after_nms():

@@ -18,7 +18,14 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from onestage.errors import DatasetError
-from onestage.ops.packed import dense_masks, num_words, pack_windows, place_windows, unpack_windows
+from onestage.ops.packed import (
+    dense_masks,
+    num_words,
+    pack_windows,
+    place_windows,
+    unpack_windows,
+    word_capacity,
+)
 from onestage.ops.runs import split_changes, window_changes
 
 
@@ -103,7 +110,10 @@ class Masks:
         return len(self.windows)
 
     def __getitem__(self, keep: Tensor | slice | int) -> Masks:
-        """The masks that `keep` (bool or int64 index, slice or number) selects."""
+        """The masks that `keep` (bool or int64 index, slice or number) selects; packed ones `[:n]` at once."""
+        if self.is_packed and isinstance(keep, slice) and keep.start is None and keep.step is None:
+            windows = self.windows[keep]
+            return Masks(self.size, windows, self.stored[: word_capacity(len(windows), self.size)])
         if isinstance(keep, int):
             keep = torch.tensor([keep])
         index = torch.arange(len(self))[keep.cpu() if isinstance(keep, Tensor) else keep].tolist()

@@ -16,6 +16,7 @@ from onestage.nn.fcos import (
     locations,
     per_location,
     smallest_area,
+    top_pairs_per_level,
     top_per_level,
 )
 from onestage.structures import Target
@@ -183,12 +184,45 @@ def test_best_pairs_of_two_levels_by_hand():
     odds = torch.tensor([[0.9, 0.5], [0.06, 0.0], [0.8, 0.2]]).logit().clamp(min=-50)
     centerness = torch.tensor([0.5, 0.1, 0.25]).logit()
     options = {"score_threshold": 0.05, "per_level": 2}
-    index, labels, scores = fcos.best_pairs(odds, centerness, [(1, 2), (1, 1)], **options)
+    pairs = fcos.best_pairs(odds, centerness, [(1, 2), (1, 1)], **options)
     # Level one: 0.45, 0.25, 0.006; level two: 0.2, 0.05.
-    assert (index.tolist(), labels.tolist()) == ([0, 0, 2, 2], [0, 1, 0, 1])
-    torch.testing.assert_close(scores, torch.tensor([0.45, 0.25, 0.2, 0.05]).sqrt())
+    assert (pairs.index.tolist(), pairs.labels.tolist()) == ([0, 0, 2, 2], [0, 1, 0, 1])
+    torch.testing.assert_close(pairs.scores, torch.tensor([0.45, 0.25, 0.2, 0.05]).sqrt())
     strict = fcos.best_pairs(odds, centerness, [(1, 2), (1, 1)], **options, threshold_with_centerness=True)
-    assert strict[0].tolist() == [0, 0, 2]
+    assert strict.index.tolist() == [0, 0, 2]
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 12), st.booleans(), st.integers(0, 2**20))
+def test_best_pairs_of_a_fixed_number_are_the_same_and_then_none(num_locations, num_classes, k, ties, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_locations + 2, num_classes, generator=generator)
+    centerness = torch.randn(num_locations + 2, generator=generator)
+    if ties:
+        logits, centerness = logits.round(), centerness.round()
+    sizes = [(1, num_locations), (2, 1)]
+    for threshold in (0.0, 0.5, 1.0):
+        how = {"score_threshold": threshold, "per_level": k, "threshold_with_centerness": seed % 2 == 0}
+        expected = fcos.best_pairs(logits, centerness, sizes, **how)
+        pairs = fcos.best_pairs(logits, centerness, sizes, fixed=True, **how)
+        assert len(pairs.index) == min(k, num_locations * num_classes) + min(k, 2 * num_classes)
+        found = pairs.scores >= 0
+        for ours, theirs in zip(vars(pairs).values(), vars(expected).values(), strict=True):
+            assert ours is theirs is None or torch.equal(ours[found], theirs)
+        assert (pairs.scores[~found] == -1).all()
+
+
+def test_pairs_of_a_level_are_ordered_with_negative_numbers_and_equals():
+    values = torch.tensor([[-1.0, 3.0], [-torch.inf, 3.0], [0.0, -0.0], [-2.0, 0.5]])
+    index, labels, best = top_pairs_per_level(values, [3, 1], 5)
+    assert (index * 2 + labels).tolist() == [1, 3, 4, 5, 0, 7, 6]
+    assert best.tolist() == [3.0, 3.0, 0.0, 0.0, -1.0, 0.5, -2.0]
+
+
+def test_equals_at_the_cut_are_kept_in_their_order():
+    odds = torch.full((40, 1), 0.5).logit()
+    pairs = fcos.best_pairs(odds, torch.zeros(40), [(5, 8)], score_threshold=0.1, per_level=7)
+    assert pairs.index.tolist() == list(range(7))
 
 
 def _assign(boxes, **options):

@@ -1,12 +1,17 @@
 """Greedy and fast NMS against their definitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onestage.boxes import iou_matrix
-from onestage.nn.nms import class_wise_nms, fast_nms, greedy_nms, top_by_score
+from onestage.nn.nms import Kept, class_wise_nms, fast_nms, pair_nms, settled
+from onestage.ops import host
+from onestage.ops.nms import greedy_nms, top_by_score
+from onestage.structures import Detections
 
 # IoU of neighbours: 0.6; of the outer two: 1/3.
 ROW = torch.tensor([[0.0, 0.0, 8.0, 8.0], [2.0, 0.0, 10.0, 8.0], [4.0, 0.0, 12.0, 8.0]])
@@ -127,6 +132,78 @@ def test_fast_equals_the_released_code_without_a_second_score_threshold(golden):
         torch.testing.assert_close(kept.scores, expected["score"], rtol=0, atol=1e-5)
         assert kept.labels.tolist() == expected["cls"].tolist()
         torch.testing.assert_close(boxes[good][kept.index], expected["box_rel"], rtol=0, atol=1e-5)
+
+
+def padded(kept):
+    """What is kept, of rows and a count."""
+    count = int(kept.count)
+    assert count <= len(kept.index)
+    for part in (kept.index, kept.labels, kept.scores):
+        assert (part[count:] == 0).all()
+    return [part[:count].tolist() for part in (kept.index, kept.labels, kept.scores)]
+
+
+def parts(kept):
+    assert kept.count is None
+    return [part.tolist() for part in (kept.index, kept.labels, kept.scores)]
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.integers(1, 60), st.integers(1, 4), st.booleans(), st.booleans(), st.integers(0, 2**20))
+def test_a_fixed_number_of_rows_keeps_the_same(num_boxes, num_classes, legacy, ties, seed):
+    boxes, scores = _candidates(num_boxes, num_classes, seed)
+    if ties:
+        boxes, scores = boxes.round(), (scores * 8).round() / 8
+    for threshold, most in ((0.2, 15), (0.0, 1000), (0.9, 3), (1.0, 5)):
+        rules = {"iou_threshold": 0.4, "score_threshold": threshold, "max_detections": most}
+        expected = parts(fast_nms(boxes, scores, top_k=9, **rules))
+        room = most
+        while int((kept := fast_nms(boxes, scores, top_k=9, room=room, **rules)).count) > room:
+            room *= 2
+        assert padded(kept) == expected
+        factors = torch.rand(num_boxes, generator=torch.Generator().manual_seed(seed))
+        for how in ({}, {"factors": factors}):
+            expected = class_wise_nms(boxes, scores, legacy=legacy, **how, **rules)
+            assert padded(class_wise_nms(boxes, scores, legacy=legacy, room=most, **how, **rules)) == parts(expected)
+        pairs = Kept(torch.arange(num_boxes), torch.arange(num_boxes) % 2, scores[:, 0])
+        rules = {"iou_threshold": 0.4, "max_detections": most, "legacy": legacy, "keep_ties": True}
+        expected = pair_nms(boxes, pairs, **rules)
+        kept = pair_nms(boxes, pairs, room=most + num_boxes, **rules)
+        assert padded(kept) == parts(expected)
+        assert torch.equal(kept.take(boxes)[: len(expected.index)], expected.take(boxes))
+
+
+def test_fast_nms_says_when_its_rows_show_too_few_candidates():
+    boxes = torch.cat((ROW[:1].expand(100, 4), ROW[:1] + 50))  # a crowd of equals, then one apart
+    rules = {"iou_threshold": 0.5, "score_threshold": 0.1, "max_detections": 2}
+    scores = torch.linspace(0.9, 0.2, 101)[:, None]
+    assert int(fast_nms(boxes, scores, room=2, **rules).count) > 2
+    assert padded(fast_nms(boxes, scores, room=16, **rules))[0] == [0, 100]
+
+
+def test_survivors_that_fit_move_up():
+    kept = Kept(torch.tensor([3, 4, 5, 0]), torch.tensor([1, 2, 3, 0]), torch.tensor([0.9, 0.8, 0.7, 0.0]))
+    fit = torch.tensor([False, True, True, True])
+    some, place = kept.those(fit)
+    assert (some.index.tolist(), place.tolist(), some.count) == ([4, 5, 0], [1, 2, 3], None)
+    some, place = replace(kept, count=torch.tensor(3)).those(fit)
+    assert (some.index.tolist(), some.labels.tolist(), int(some.count)) == ([4, 5, 0, 0], [2, 3, 0, 0], 2)
+    assert place[:2].tolist() == [1, 2]
+    assert int(replace(kept, count=torch.tensor(5)).those(fit)[0].count) == 5  # not all of them were there
+
+
+def test_an_image_without_room_for_all_is_decoded_again(monkeypatch):
+    asked = []
+
+    def decode(i, room):
+        asked.append((i, room))
+        rows = torch.zeros(room or 7 * i)
+        return Detections((4, 4), rows[:, None].expand(-1, 4), rows, rows.long()), torch.tensor(7 * i)
+
+    assert [len(found) for found in settled(decode, 3, torch.device("cpu"), 4)] == [0, 7, 14]
+    monkeypatch.setattr(host, "keeps_fixed_shapes", lambda device: True)
+    assert [len(found) for found in settled(decode, 3, torch.device("cpu"), 4)] == [0, 7, 14]
+    assert asked == [(0, None), (1, None), (2, None), (0, 4), (1, 4), (2, 4), (1, 8), (2, 8), (2, 16)]
 
 
 def _candidates(num_boxes, num_classes, seed):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from onestage import boxes as box_ops
 from onestage.nn import retinanet
 from onestage.nn.fcos import top_per_level
-from onestage.nn.nms import Kept, class_wise_nms
+from onestage.nn.nms import Kept, class_wise_nms, settled
 from onestage.ops.assemble import Size, assemble_masks, crop_window
 from onestage.ops.edges import Profiles, assemble_with_profiles, enclosing_boxes
 from onestage.structures import Detections, ImageFrame
@@ -111,18 +111,22 @@ def decode(
         masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks`, cropped at image resolution or not
             cropped at stride 4. A model without masks fills neither.
     """
-    decoded = []
-    for i, frame in enumerate(frames):
-        kept, boxes = select(raw, i, frame, config)
+
+    def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
+        frame = frames[i]
+        kept, boxes = select(raw, i, frame, config, room)
         correlation = None
         if raw.pixel_vectors is not None and (masks != "none" or config.inference.refine != "none"):
             correlation = correlate(raw.pixel_vectors[i], vectors_at(i, kept.index), frame, config)
-        decoded.append(complete(kept, boxes, correlation, frame, mbrm, config, masks))
-    return decoded
+        return complete(kept, boxes, correlation, frame, mbrm, config, masks), kept.count
+
+    return settled(decode_image, len(frames), raw.logits.device, config.inference.max_detections)
 
 
-def select(raw: RawOutput, i: int, frame: ImageFrame, config: RDSNetConfig) -> tuple[Kept, Tensor]:
-    """Scores, decodes and suppresses the anchors of image `i`.
+def select(
+    raw: RawOutput, i: int, frame: ImageFrame, config: RDSNetConfig, room: int | None = None
+) -> tuple[Kept, Tensor]:
+    """Scores, decodes and suppresses the anchors of image `i`, in `room` rows if that is given.
 
     Returns:
         The N survivors, `index` into the anchors of all levels, and their boxes [N, 4] inclusive xyxy, image pixels.
@@ -142,8 +146,9 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: RDSNetConfig) -> t
         score_threshold=rules.score_threshold,
         max_detections=rules.max_detections,
         legacy=True,
+        room=room,
     )
-    return replace(kept, index=index[kept.index]), boxes[kept.index]
+    return kept.of(index), kept.take(boxes)
 
 
 def correlate(pixel_vectors: Tensor, vectors: Tensor, frame: ImageFrame, config: RDSNetConfig) -> Correlation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from onestage import boxes as box_ops
 from onestage.nn import retinanet
 from onestage.nn.fpn import FPN
-from onestage.nn.nms import Kept, fast_nms
+from onestage.nn.nms import Kept, fast_nms, settled
 from onestage.nn.protonet import ProtoNet, init_xavier
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import conv_at, conv_tower, flatten_levels
@@ -97,7 +97,10 @@ class RDSNetSmall(nn.Module):
         """The same from the pyramid P3..P7, each [B, C, h, w], of inputs of (height, width)."""
         features, logits, deltas = self.head(levels)
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
-        anchors = relative_anchors(sizes, input_size, self.config).to(logits.device)
+        if logits.device.type == "cuda" and not torch.compiler.is_compiling():
+            anchors = _anchors_on(logits.device, tuple(sizes), input_size, self.config)
+        else:
+            anchors = relative_anchors(sizes, input_size, self.config).to(logits.device)
         semantic = self.semantic(levels[0]) if self.training else None
         return SmallOutput(logits, deltas, anchors, features, self.pixel_vectors(levels[0]), semantic)
 
@@ -165,6 +168,13 @@ def relative_anchors(sizes: list[tuple[int, int]], input_size: tuple[int, int], 
     return torch.cat(levels)
 
 
+@lru_cache(maxsize=8)  # copied once: a copy to the GPU has no place in a CUDA graph
+def _anchors_on(
+    device: torch.device, sizes: tuple[tuple[int, int], ...], input_size: tuple[int, int], config: RDSNetConfig
+) -> Tensor:
+    return relative_anchors(list(sizes), input_size, config).to(device)
+
+
 def decode(
     raw: SmallOutput,
     frames: list[ImageFrame],
@@ -173,16 +183,16 @@ def decode(
     masks: MaskForm = "binary",
 ) -> list[Detections]:
     """Detections of B images; arguments as of `rdsnet.decode.decode`."""
-    decoded = []
-    for i, frame in enumerate(frames):
-        kept, boxes = select(raw, i, config)
+
+    def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
+        frame = frames[i]
+        kept, boxes = select(raw, i, config, room)
         whole = box_ops.to_legacy(in_image(boxes, frame.image_size))
         if masks == "none" or config.masks == "corr":
             correlation = None
             if masks != "none":
                 correlation = Correlation(raw.pixel_vectors[i], contrast(vectors_at(i, kept.index)))
-            decoded.append(complete(kept, whole, correlation, frame, None, config, masks))
-            continue
+            return complete(kept, whole, correlation, frame, None, config, masks), kept.count
         found = complete(kept, whole, None, frame, None, config, "none")
         combined = raw.pixel_vectors[i], vectors_at(i, kept.index), crop(boxes, raw.pixel_vectors[i])
         if masks == "binary":
@@ -193,27 +203,40 @@ def decode(
             if masks == "soft":
                 soft = F.interpolate(soft[None], size=frame.image_size, mode="bilinear", align_corners=False)[0]
             found = replace(found, soft_masks=soft)
-        decoded.append(found)
-    return decoded
+        return found, kept.count
+
+    return settled(decode_image, len(frames), raw.logits.device, config.inference.max_detections)
 
 
-def select(raw: SmallOutput, i: int, config: RDSNetConfig) -> tuple[Kept, Tensor]:
-    """Scores, decodes and suppresses the anchors of image `i`: the N survivors and their boxes [N, 4], relative."""
+def select(raw: SmallOutput, i: int, config: RDSNetConfig, room: int | None = None) -> tuple[Kept, Tensor]:
+    """Scores, decodes and suppresses the anchors of image `i`, in `room` rows if that is given.
+
+    Returns:
+        The N survivors, `index` into the anchors of all levels, and their boxes [N, 4], relative.
+    """
     rules = config.inference
     scores = raw.logits[i].float().softmax(1)[:, 1:]
-    index = (scores.amax(1) > rules.score_threshold).nonzero().flatten()
-    deltas = raw.deltas[i, index].float() * raw.deltas.new_tensor(VARIANCES)
-    boxes = retinanet.decode(raw.anchors[index], deltas)
     # The threshold chooses anchors: a chosen one brings all its classes along.
+    chosen = scores.amax(1) > rules.score_threshold
+    if room is None:
+        index = chosen.nonzero().flatten()
+        scores = scores[index]
+    else:
+        index = torch.arange(len(scores), device=scores.device)
+        scores = torch.where(chosen[:, None], scores, -1.0)
+    deltas = raw.deltas[i, index].float()
+    deltas = torch.cat((deltas[:, :2] * VARIANCES[0], deltas[:, 2:] * VARIANCES[2]), 1)
+    boxes = retinanet.decode(raw.anchors[index], deltas)
     kept = fast_nms(
         boxes,
-        scores[index],
+        scores,
         iou_threshold=rules.iou_threshold,
         score_threshold=0.0,
         max_detections=rules.max_detections,
         top_k=config.yolact.top_k,
+        room=room,
     )
-    return replace(kept, index=index[kept.index]), boxes[kept.index]
+    return kept.of(index), kept.take(boxes)
 
 
 def in_image(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from onestage import boxes as box_ops
 from onestage.nn import fcos
-from onestage.nn.nms import Kept, class_wise_nms
+from onestage.nn.nms import Kept, class_wise_nms, settled
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
 from onestage.structures import Detections, ImageFrame
 from sais.config import SAISConfig
@@ -41,9 +42,10 @@ def decode(
         masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks` at image or prototype resolution. A
             model without masks fills neither.
     """
-    decoded = []
-    for i, frame in enumerate(frames):
-        kept, boxes = select(raw, i, frame, config)
+
+    def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
+        frame = frames[i]
+        kept, boxes = select(raw, i, frame, config, room)
         found = Detections(frame.image_size, frame.to_image(boxes), kept.scores, kept.labels)
         if raw.prototypes is not None and masks != "none":
             inputs = raw.prototypes[i], coefficients_at(i, kept.index), boxes, frame, config
@@ -52,12 +54,15 @@ def decode(
             else:
                 soft = soft_masks if masks == "soft" else low_resolution_masks
                 found = replace(found, soft_masks=soft(*inputs))
-        decoded.append(found)
-    return decoded
+        return found, kept.count
+
+    return settled(decode_image, len(frames), raw.logits.device, config.inference.max_detections)
 
 
-def select(raw: RawOutput, i: int, frame: ImageFrame, config: SAISConfig) -> tuple[Kept, Tensor]:
-    """Scores, decodes and suppresses the locations of image `i`.
+def select(
+    raw: RawOutput, i: int, frame: ImageFrame, config: SAISConfig, room: int | None = None
+) -> tuple[Kept, Tensor]:
+    """Scores, decodes and suppresses the locations of image `i`, in `room` rows if that is given.
 
     Returns:
         The N survivors, `index` into the locations of all levels, and their boxes [N, 4] xyxy, input pixels, inside
@@ -69,16 +74,16 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SAISConfig) -> tup
     index = fcos.top_per_level(rank, rules.candidates_per_level)
     boxes = box_ops.clip(fcos.decode_ltrb(raw.points[index], raw.distances[i, index]), frame.input_size)
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # all of a box around a location in the padding may lie there
-    index, boxes = index[inside], boxes[inside]
     kept = class_wise_nms(
         boxes,
-        scores[index],
+        torch.where(inside[:, None], scores[index], -1.0),
         iou_threshold=rules.iou_threshold,
         score_threshold=rules.score_threshold,
         max_detections=rules.max_detections,
         factors=centerness[index],
+        room=room,
     )
-    return replace(kept, index=index[kept.index]), boxes[kept.index]
+    return kept.of(index), kept.take(boxes)
 
 
 def binary_masks(

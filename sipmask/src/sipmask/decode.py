@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from onestage import boxes as box_ops
 from onestage.nn import fcos
-from onestage.nn.nms import class_wise_nms, fast_nms, greedy_nms, top_by_score
+from onestage.nn.nms import TIES, Kept, class_wise_nms, fast_nms, pair_nms, settled
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
 from onestage.structures import Detections, ImageFrame
 from sipmask.config import SipMaskConfig
@@ -36,12 +36,19 @@ class Selected:
         boxes: [N, 4] legacy xyxy, input pixels, inside the unpadded input.
         scores: [N] float32 in [0, 1].
         labels: [N] int64.
+        count: How many of the N there are, as `onestage.nn.nms.Kept` has it.
     """
 
     index: Tensor
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    count: Tensor | None = None
+
+    @staticmethod
+    def of(kept: Kept, index: Tensor, boxes: Tensor) -> Selected:
+        """The survivors of candidates at locations `index`, with boxes [*, 4]."""
+        return Selected(kept.take(index), kept.take(boxes), kept.scores, kept.labels, kept.count)
 
 
 def decode(
@@ -61,9 +68,10 @@ def decode(
         masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks` at image or basis resolution. But for
             `none`, a model that re-scores fills `mask_scores`.
     """
-    decoded = []
-    for i, frame in enumerate(frames):
-        selected = select(raw, i, frame, config)
+
+    def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
+        frame = frames[i]
+        selected = select(raw, i, frame, config, room)
         found = to_image(selected, frame)
         if head.tracking is not None:
             assert raw.tracking is not None
@@ -79,16 +87,17 @@ def decode(
                 found = replace(found, soft_masks=soft_masks(*parts, frame, config))
             else:
                 found = replace(found, soft_masks=low_resolution_masks(*parts, config))
-        decoded.append(found)
-    return decoded
+        return found, selected.count
+
+    return settled(decode_image, len(frames), raw.logits.device, config.inference.max_detections + TIES)
 
 
-def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> Selected:
-    """Scores, decodes and suppresses the locations of image `i`."""
+def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig, room: int | None = None) -> Selected:
+    """Scores, decodes and suppresses the locations of image `i`, in `room` rows if that is given."""
     rules = config.inference
     scores, centerness = raw.logits[i].sigmoid(), raw.centerness[i].sigmoid()
     if config.profile == "fc":
-        return _select_pairs(raw, i, frame, config)
+        return _select_pairs(raw, i, frame, config, room)
     index = _candidates(scores.amax(1) * centerness, raw.sizes, rules.candidates_per_level)
     scores, centerness = scores[index], centerness[index]
     boxes = _boxes(raw, i, index, frame)
@@ -100,6 +109,7 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> 
             iou_threshold=rules.iou_threshold,
             score_threshold=rules.score_threshold,
             max_detections=rules.max_detections,
+            room=room,
         )
     else:
         kept = class_wise_nms(
@@ -110,8 +120,9 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> 
             max_detections=rules.max_detections,
             factors=centerness,
             legacy=True,
+            room=room,
         )
-    return Selected(index[kept.index], boxes[kept.index], kept.scores, kept.labels)
+    return Selected.of(kept, index, boxes)
 
 
 def to_image(selected: Selected, frame: ImageFrame) -> Detections:
@@ -177,20 +188,28 @@ def low_resolution_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, con
     )
 
 
-def _select_pairs(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig) -> Selected:
+def _select_pairs(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig, room: int | None) -> Selected:
     """The fcos_core way: candidates are (location, class) pairs, their score a geometric mean."""
     rules = config.inference
-    index, labels, scores = fcos.best_pairs(
+    pairs = fcos.best_pairs(
         raw.logits[i],
         raw.centerness[i],
         raw.sizes,
         score_threshold=rules.score_threshold,
         per_level=rules.candidates_per_level,
+        fixed=room is not None,
     )
-    boxes = _boxes(raw, i, index, frame)
-    kept = greedy_nms(boxes, scores, labels, rules.iou_threshold, legacy=True)
-    kept = kept[top_by_score(scores[kept], rules.max_detections, keep_ties=True)]
-    return Selected(index[kept], boxes[kept], scores[kept], labels[kept])
+    boxes = _boxes(raw, i, pairs.index, frame)
+    kept = pair_nms(
+        boxes,
+        pairs,
+        iou_threshold=rules.iou_threshold,
+        max_detections=rules.max_detections,
+        legacy=True,
+        keep_ties=True,
+        room=room,
+    )
+    return Selected.of(kept, pairs.index, boxes)
 
 
 def _candidates(rank: Tensor, sizes: list[tuple[int, int]], count: int) -> Tensor:

@@ -19,9 +19,9 @@ from onestage.boxes import paired_iou
 from onestage.engine.distributed import reduce_mean, world_size
 from onestage.nn import fcos
 from onestage.nn.losses import giou_loss_ltrb, iou_loss, sigmoid_focal
-from onestage.nn.nms import greedy_nms
 from onestage.ops.assemble import assemble_soft, crop_window
 from onestage.ops.mask_loss import masks_on_grid, window_mask_loss
+from onestage.ops.nms import greedy_nms
 from sipmask.config import SipMaskConfig
 from sipmask.scoring import mask_iou
 

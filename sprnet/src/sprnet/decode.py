@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from onestage import boxes as box_ops
-from onestage.nn.nms import Kept, greedy_nms, top_by_score
+from onestage.nn.fcos import top_pairs_per_level
+from onestage.nn.nms import Kept, pair_nms, settled
+from onestage.ops.nms import top_by_score
 from onestage.ops.paste import with_masks
 from onestage.structures import Detections, ImageFrame
 from sprnet import coder
@@ -38,36 +40,41 @@ def decode(
         config: Inference settings.
         masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks` at image size or 32 x 32.
     """
-    decoded = []
-    for i, frame in enumerate(frames):
-        kept, boxes = select(raw, i, frame, config)
+
+    def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
+        frame = frames[i]
+        kept, boxes = select(raw, i, frame, config, room)
         found = Detections(frame.image_size, frame.to_image(boxes), kept.scores, kept.labels)
         if masks_at is not None and masks != "none":
             soft = masks_at(i, kept.index // ANCHORS_PER_PIXEL, kept.labels).float().sigmoid()
             found = with_masks(found, soft, masks, config.inference.mask_threshold)
-        decoded.append(found)
-    return decoded
+        return found, kept.count
+
+    return settled(decode_image, len(frames), raw.logits.device, config.inference.max_detections)
 
 
-def select(raw: RawOutput, i: int, frame: ImageFrame, config: SPRNetConfig) -> tuple[Kept, Tensor]:
-    """Scores, decodes and suppresses the anchors of image `i`.
+def select(
+    raw: RawOutput, i: int, frame: ImageFrame, config: SPRNetConfig, room: int | None = None
+) -> tuple[Kept, Tensor]:
+    """Scores, decodes and suppresses the anchors of image `i`, in `room` rows if that is given.
 
     Returns:
         The N survivors, `index` into the anchors of all levels, and their boxes [N, 4] xyxy, input pixels, inside the
         unpadded input.
     """
     rules = config.inference
-    index, labels, scores = best_pairs(raw.logits[i], raw.sizes, rules.score_threshold, rules.candidates_per_level)
-    boxes = coder.decode(raw.anchors[index], raw.deltas[i, index].float(), config)
+    pairs = best_pairs(
+        raw.logits[i], raw.sizes, rules.score_threshold, rules.candidates_per_level, fixed=room is not None
+    )
+    boxes = coder.decode(raw.anchors[pairs.index], raw.deltas[i, pairs.index].float(), config)
     boxes = box_ops.clip(boxes, frame.input_size)
-    kept = greedy_nms(boxes, scores, labels, rules.iou_threshold)
-    kept = kept[top_by_score(scores[kept], rules.max_detections)]
-    return Kept(index[kept], labels[kept], scores[kept]), boxes[kept]
+    kept = pair_nms(boxes, pairs, iou_threshold=rules.iou_threshold, max_detections=rules.max_detections, room=room)
+    return kept.of(pairs.index), kept.take(boxes)
 
 
 def best_pairs(
-    logits: Tensor, sizes: list[tuple[int, int]], threshold: float, per_level: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, sizes: list[tuple[int, int]], threshold: float, per_level: int, *, fixed: bool = False
+) -> Kept:
     """The best (anchor, class) pairs of each level.
 
     Args:
@@ -75,19 +82,22 @@ def best_pairs(
         sizes: (h, w) of each level.
         threshold: Pairs need a larger score.
         per_level: How many are kept of a level.
+        fixed: The number of pairs does not depend on values; those that are no candidates score -1.
 
     Returns:
-        index: [M] int64 anchor.
-        labels: [M] int64.
-        scores: [M] float32 in [0, 1].
+        M pairs, `index` their anchor, scores float32 in [0, 1]; level by level, best first, equals in their order.
     """
     num_classes, start = logits.shape[1], 0
     least = torch.tensor(threshold).logit().item()  # compared before the sigmoid: few pass
+    counts = [height * width * ANCHORS_PER_PIXEL for height, width in sizes]
+    if fixed:
+        index, labels, best = top_pairs_per_level(torch.where(logits > least, logits, -torch.inf), counts, per_level)
+        return Kept(index, labels, torch.where(best > least, best.float().sigmoid(), -1.0))
     pairs = []
-    for level in logits.split([height * width * ANCHORS_PER_PIXEL for height, width in sizes]):
+    for level in logits.split(counts):
         flat = level.flatten()
         passing = (flat > least).nonzero().flatten()
         pairs.append(passing[top_by_score(flat[passing], per_level)] + start)
         start += len(flat)
     chosen = torch.cat(pairs)
-    return chosen // num_classes, chosen % num_classes, logits.flatten()[chosen].float().sigmoid()
+    return Kept(chosen // num_classes, chosen % num_classes, logits.flatten()[chosen].float().sigmoid())

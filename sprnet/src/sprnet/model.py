@@ -18,6 +18,7 @@ from onestage.nn import retinanet
 from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import conv_at, conv_tower, flatten_levels, init_normal
+from onestage.ops import host
 from onestage.structures import Detections, Target, training_targets
 from onestage.transforms import prepare_batch
 from sprnet.config import SPRNetConfig
@@ -153,15 +154,21 @@ class MaskHead(nn.Module):
     def masks_at(
         self, levels: list[Tensor], image: int, pixels: Tensor, labels: Tensor, dense: Tensor | None = None
     ) -> Tensor:
-        """Mask logits [N, 32, 32] of the `pixels` [N] of one image for classes `labels` [N]; a pixel is decoded once.
+        """Mask logits [N, 32, 32] of the `pixels` [N] of one image for classes `labels` [N].
+
+        A pixel is decoded once, but on a GPU.
 
         Detections of one pixel differ in class and box only. `dense` is what `dense_vectors` gave, if it was asked.
         """
-        distinct, owner = pixels.unique(return_inverse=True)
+        fixed = host.keeps_fixed_shapes(pixels.device)  # how many are distinct would have to be waited for
+        distinct, owner = (pixels, pixels) if fixed else pixels.unique(return_inverse=True)
         if dense is None:
             vectors = self.fusion.at([level[image] for level in levels], distinct)
         else:
             vectors = dense[image, distinct]
+        if fixed:
+            chunks = zip(vectors.split(CHUNK), labels.split(CHUNK), strict=True)
+            return torch.cat([self.decoder(some, of) for some, of in chunks])
         logits = vectors.new_empty(len(pixels), *self.decoder.size)
         for start in range(0, len(distinct), CHUNK):
             own = ((owner >= start) & (owner < start + CHUNK)).nonzero().flatten()

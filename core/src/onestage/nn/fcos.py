@@ -5,11 +5,13 @@ Locations of all levels are one flat list, level by level, row by row. P: locati
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onestage import boxes as box_ops
+from onestage.nn.nms import Kept
 from onestage.structures import Target
 
 STRIDES = (8, 16, 32, 64, 128)  # P3..P7
@@ -50,8 +52,14 @@ def per_location(
     device: torch.device | None = None,
 ) -> Tensor:
     """One value of each level (a stride, a range, an index) for each of its locations: [P] or [P, n] float32."""
-    counts = torch.tensor([height * width for height, width in sizes], device=device)
-    return torch.tensor(values, dtype=torch.float32, device=device).repeat_interleave(counts, dim=0)
+    levels: list[Tensor] = []
+    value: Any
+    for (height, width), value in zip(sizes, values, strict=True):
+        # Filled on the device: nothing is copied from the host.
+        numbers = value if isinstance(value, tuple) else (value,)
+        columns = [torch.full((height * width,), float(number), device=device) for number in numbers]
+        levels.append(torch.stack(columns, dim=1) if isinstance(value, tuple) else columns[0])
+    return torch.cat(levels)
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,25 @@ def top_per_level(scores: Sequence[Tensor], k: int) -> Tensor:
     return torch.cat(kept)
 
 
+def top_pairs_per_level(values: Tensor, counts: Sequence[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best k pairs of location and class of each level; all if it has no more. Nothing waits on a GPU.
+
+    Args:
+        values: [P, K] float32 or half, finite or -inf.
+        counts: Locations (or anchors) of each level, P in sum.
+        k: How many.
+
+    Returns:
+        index [M] int64 location, labels [M] int64 and values [M]: level by level, best first, equals in their order.
+    """
+    chosen, start, columns = [], 0, values.shape[1]
+    for level in values.split(list(counts)):
+        chosen.append(_top_in_order(level.flatten(), k) + start * columns)
+        start += len(level)
+    number = torch.cat(chosen)
+    return number // columns, number % columns, values.flatten()[number]
+
+
 def best_pairs(
     logits: Tensor,
     centerness: Tensor,
@@ -196,7 +223,8 @@ def best_pairs(
     score_threshold: float,
     per_level: int,
     threshold_with_centerness: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    fixed: bool = False,
+) -> Kept:
     """Candidates as (location, class) pairs, ranked by class score x centre-ness, scored by its square root.
 
     Args:
@@ -206,20 +234,38 @@ def best_pairs(
         score_threshold: Candidates need a larger class score.
         per_level: How many pairs of a level are kept.
         threshold_with_centerness: The threshold is on the product instead.
+        fixed: The number of pairs does not depend on values; those that are no candidates score -1.
 
     Returns:
-        index: [M] int64 location.
-        labels: [M] int64.
-        scores: [M] float in [0, 1].
+        M pairs, `index` their location, scores float in [0, 1]; level by level, best first, equals in their order.
     """
     scores, factors = logits.float().sigmoid(), centerness.float().sigmoid()
     judged = scores * factors[:, None] if threshold_with_centerness else scores
+    counts = [height * width for height, width in sizes]
+    if fixed:
+        products = torch.where(judged > score_threshold, scores * factors[:, None], -1.0)
+        index, labels, best = top_pairs_per_level(products, counts, per_level)
+        return Kept(index, labels, torch.where(best < 0, best, best.sqrt()))
     index, labels = (judged > score_threshold).nonzero(as_tuple=True)
     products = scores[index, labels] * factors[index]
     # Locations ascend, level by level: one look at where levels begin instead of one for each level.
-    starts = torch.tensor([height * width for height, width in sizes[:-1]], device=index.device).cumsum(0)
-    best = top_per_level(products.tensor_split(torch.searchsorted(index, starts).tolist()), per_level)
-    return index[best], labels[best], products[best].sqrt()
+    starts = torch.tensor(counts[:-1], device=index.device).cumsum(0)
+    chosen, start = [], 0
+    for level in products.tensor_split(torch.searchsorted(index, starts).tolist()):
+        chosen.append(_top_in_order(level, per_level) + start)
+        start += len(level)
+    best = torch.cat(chosen)
+    return Kept(index[best], labels[best], products[best].sqrt())
+
+
+def _top_in_order(values: Tensor, k: int) -> Tensor:
+    """[k] int64 places of the best of `values` [n], best first, equals in their order; all n if there are fewer."""
+    # A float's bits order like whole numbers once those of negative ones are turned round; the place settles the rest.
+    bits = (values.float() + 0.0).view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    place = torch.arange(len(values), device=values.device)
+    keys = (bits << 32) + (0xFFFFFFFF - place)
+    return 0xFFFFFFFF - (keys.topk(min(k, len(values))).values & 0xFFFFFFFF)
 
 
 def _in_center(points: Tensor, strides: Tensor, boxes: Tensor, radius: float) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
+from onestage.ops import host
+
 TowerNorm = Literal["gn", "none"]
 
 NUM_GROUPS = 32  # of every group norm in a head
@@ -98,7 +100,7 @@ def conv_at(conv: nn.Conv2d, levels: Sequence[Tensor], index: Tensor) -> Tensor:
     assert conv.kernel_size[0] == conv.kernel_size[1]
     assert conv.stride == (1, 1)
     assert conv.groups == 1
-    if index.device.type == "cuda":
+    if host.keeps_fixed_shapes(index.device):
         patches = _patches_of_levels(conv, levels, index)
         return F.linear(patches, conv.weight.flatten(1), conv.bias).to(conv.weight.dtype)
     values = conv.weight.new_empty(len(index), conv.out_channels)
