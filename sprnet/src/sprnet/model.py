@@ -156,9 +156,8 @@ class MaskHead(nn.Module):
     ) -> Tensor:
         """Mask logits [N, 32, 32] of the `pixels` [N] of one image for classes `labels` [N].
 
-        A pixel is decoded once, but on a GPU.
-
-        Detections of one pixel differ in class and box only. `dense` is what `dense_vectors` gave, if it was asked.
+        Detections of one pixel differ in class and box only; it is decoded once, but on a GPU once for each. `dense` is
+        what `dense_vectors` gave, if it was asked.
         """
         fixed = host.keeps_fixed_shapes(pixels.device)  # how many are distinct would have to be waited for
         distinct, owner = (pixels, pixels) if fixed else pixels.unique(return_inverse=True)
