@@ -87,9 +87,9 @@ def run(packages: list[str], kills: int, seed: int) -> list[dict[str, Any]]:
 
 
 def write_shapes(folder: Path) -> None:
-    """A data set in COCO layout: 10 images to train on, 4 to evaluate on, 64 px."""
+    """A data set in COCO layout: 24 images to train on, enough for a code of 60 numbers, 4 to evaluate on, 64 px."""
     (folder / "annotations").mkdir(parents=True)
-    for split, number in (("train", 10), ("val", 4)):
+    for split, number in (("train", 24), ("val", 4)):
         (folder / split).mkdir()
         content = ShapesDataset(number, split=split, size=64).coco_json(folder / split)
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
