@@ -3,11 +3,16 @@
     python benchmarks/gpu.py --part 1                      # GPU tests; ceilings of the machine and kernels
     python benchmarks/gpu.py --part 2                      # whole images and training steps of all packages
     python benchmarks/gpu.py --part 2 --output "$OUT" --limit 580
+    python benchmarks/gpu.py --part 1 --plan               # steps, the seconds they may take, what is missing; no GPU
 
-It needs no installation of the packages: it puts the checkout on the path. What they require has to be there (torch,
-torchvision, Triton, pycocotools, safetensors, jinja2; pytest and hypothesis for the tests). Each step is a process of
-its own, with a share of the time that is left; what a step has recorded stays if a later one fails. Without a GPU it
-leaves at once, with exit code 5.
+It needs no installation of the packages: it puts the checkout on the path. What they require (REQUIRED) must be there;
+where nothing can be downloaded, carry it along, as wheels of that machine's Python and system:
+
+    pip install --target carried --only-binary :all: pycocotools safetensors jinja2 pytest pytest-xdist hypothesis
+    PYTHONPATH=carried python benchmarks/gpu.py --part 1   # there; with --no-deps if numpy and torch are there already
+
+Each step is a process of its own, with a share of the time that is left; what a step has recorded stays if a later one
+fails. Without a GPU, or without what is required, it leaves at once, with exit code 5.
 """
 
 from __future__ import annotations
@@ -17,15 +22,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = 5  # as `onestage.errors.MachineError`
+REQUIRED = ("torch", "torchvision", "triton", "numpy", "PIL", "pycocotools", "safetensors", "jinja2", "tqdm")
+OF_TESTS = ("pytest", "hypothesis")
 SOURCES = [path.parent / "src" for path in sorted(ROOT.glob("*/pyproject.toml"))]
 SHOWN = 60  # lines of each log
-TESTS = ("core/tests/ops", "core/tests/nn/test_deform.py", "tests/test_network_modes.py")
+TESTS = ("core/tests/ops", "core/tests/nn/test_deform.py", "tests/test_network_modes.py", "tests/test_waits.py")
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,15 @@ PARTS = {
 
 def main() -> int:
     flags = read_flags()
+    missing = [name for name in (*REQUIRED, *OF_TESTS) if find_spec(name) is None]
+    if flags.plan:
+        for step, seconds in planned(PARTS[flags.part], flags.limit):
+            print(f"{step.name:14} at most {seconds:4.0f} s: python {' '.join(step.command)}")
+        print(f"missing: {', '.join(missing) or 'nothing'}")
+        return 0
+    if missing:
+        print(f"error: {', '.join(missing)} not installed: see the head of {__file__}", file=sys.stderr)
+        return NO_GPU
     import torch
 
     if not torch.cuda.is_available():
@@ -77,6 +94,15 @@ def main() -> int:
         status = run(step, output, step.share * (end - time.monotonic()))
         failed += status != 0
     return 1 if failed else 0
+
+
+def planned(steps: Sequence[Step], limit: float) -> list[tuple[Step, float]]:
+    """What each step may take where those before it take all they may, seconds."""
+    plan = []
+    for step in steps:
+        plan.append((step, step.share * limit))
+        limit -= plan[-1][1]
+    return plan
 
 
 def run(step: Step, output: Path, seconds: float) -> int:
@@ -106,6 +132,7 @@ def environment() -> dict[str, str]:
 def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=list(PARTS), required=True)
+    parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
     parser.add_argument("--limit", type=float, default=570, help="seconds for the part (%(default)s)")
     parser.add_argument(
         "--output", default=str(ROOT / "benchmarks" / "results" / "speed"), help="folder for records and logs"

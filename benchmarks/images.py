@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 import time
@@ -286,6 +287,8 @@ def record(
     kept = ("models", "peers", "forms", "image_size", "threads", "precision", "mode", "channels_last")
     clock = "CPU" if flags.threads == 1 and device.type == "cpu" else "wall"
     protocol = {"order": "A B C C B A", "rounds": flags.rounds, "warm_up": 1, "clock": clock}
+    # What else ran: CPU time of one thread bears other processes, but shared caches and memory do not.
+    protocol["load_average"] = [round(load, 1) for load in os.getloadavg()]
     body = {
         "protocol": {
             **protocol,

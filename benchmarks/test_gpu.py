@@ -27,6 +27,25 @@ def test_without_a_gpu_it_says_so_in_a_line_and_leaves_with_the_code_of_machines
     assert not (tmp_path / "records").exists()
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_part_plans_less_than_ten_minutes_and_says_what_is_missing(gpu, part, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", str(part), "--plan"])
+    monkeypatch.setattr(gpu, "OF_TESTS", ("no_such_module",))
+    assert gpu.main() == 0
+    *steps, last = capsys.readouterr().out.splitlines()
+    assert len(steps) == len(gpu.PARTS[part])
+    assert sum(float(line.split("at most")[1].split()[0]) for line in steps) < 600
+    assert last.startswith("missing: ")
+    assert "no_such_module" in last
+
+
+def test_what_is_missing_is_named_before_anything_runs(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "1"])
+    monkeypatch.setattr(gpu, "REQUIRED", ("torch", "no_such_module"))
+    assert gpu.main() == gpu.NO_GPU
+    assert capsys.readouterr().err.startswith("error: no_such_module not installed")
+
+
 def test_every_step_reads_files_and_flags_that_exist(gpu, monkeypatch):
     import images
     import training_steps

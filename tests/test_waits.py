@@ -4,6 +4,7 @@ A fake tensor has a device and a shape and no values: a size that depends on val
 copies it is seen.
 """
 
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -97,6 +98,22 @@ def test_a_gpu_is_waited_for_once_at_the_end_of_a_batch(package, variant, fake_g
     for detections in found:
         assert len(detections.boxes) == len(detections.masks) == NUMBER
         assert detections.boxes.device.type == "cuda"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("package", PAPERS)
+def test_a_gpu_says_itself_that_it_is_waited_for_once(package):
+    model, image = model_of(package, "small", "cuda"), IMAGE.cuda()
+    model.detect([image])  # kernels are compiled, tables made
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            model.detect([image])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
 
 
 def test_run_lengths_are_waited_for_once(fake_gpu, monkeypatch):
