@@ -1,5 +1,6 @@
 """Every package's network in other runtimes: exported, run there, compared, and predicted with."""
 
+import copy
 import json
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -56,6 +57,39 @@ def call(tmp_path, monkeypatch, capsys):
         return code, json.loads(out.splitlines()[-1]), err
 
     return run
+
+
+def variants():
+    """(package, config) of every kind of decoding."""
+    for package in PAPERS:
+        yield package, tiny(package)[1]
+    yield "sipmask", replace(tiny("sipmask")[1], rescore=True)
+    yield "sipmask", replace(tiny("sipmask")[1], profile="vis", track_depth=1, track_channels=16)
+    yield "meinst", replace(tiny("meinst")[1], large_kernel=3)
+    yield "sprnet", replace(tiny("sprnet")[1], fusion="c33x4")
+    method, config = tiny("rdsnet")
+    for name in ("s", "yolact"):
+        variant = method.variants[name]
+        size = replace(variant.input, test_size=(96, 96))
+        yield "rdsnet", replace(variant, num_classes=3, width=64, backbone=config.backbone, input=size)
+
+
+@pytest.mark.parametrize(("package", "config"), list(variants()))
+@torch.no_grad()
+def test_dense_outputs_decode_to_what_the_model_finds(package, config):
+    torch.manual_seed(0)
+    config = replace(config, inference=replace(config.inference, score_threshold=0.0, max_detections=20))
+    model = tiny(package)[0].build(config).eval()
+    torch.nn.init.normal_(model.head.logits.weight, std=0.2)
+    dense = copy.copy(model)
+    object.__setattr__(dense, "raw_outputs", model.dense_outputs)
+    image = torch.rand(3, 80, 110, generator=torch.Generator().manual_seed(1))
+    (expected,), (found,) = model.detect([image]), dense.detect([image])
+    assert len(expected) > 3
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-6, rtol=0)
+    assert (found.masks.to_bool() != expected.masks.to_bool()).float().mean() <= 1e-4
 
 
 @pytest.mark.slow
@@ -141,6 +175,11 @@ def test_weights_of_decoding_must_be_those_of_the_model(call, tmp_path):
     save_weights(path, {}, info)
     with pytest.raises(engine.WeightsError, match="holds other weights than decoding needs"):
         Predictor.from_export("out", runtime="torch", method=method)
+    save_weights(path, state, info)
+    for runtime, name in (("torch", "network.pt2"), ("onnx", "network.onnx")):
+        (tmp_path / "out" / name).write_bytes(b"junk")
+        with pytest.raises(engine.WeightsError, match=f"cannot read 'out/{name}'"):
+            Predictor.from_export("out", runtime=runtime, method=method)
 
 
 def test_without_the_extra_nothing_is_written(call, tmp_path, monkeypatch):

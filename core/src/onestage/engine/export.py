@@ -354,7 +354,7 @@ def _open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], dict[str,
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exception types are not public
-        text = str(error).splitlines()[0]
+        text = _first_line(error)
         if "DeformConv" in text:
             raise MachineError(
                 f"onnxruntime {onnxruntime.__version__} has no deformable convolution for this device",
@@ -373,8 +373,11 @@ def _open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], dict[str,
 
 
 def _open_program(path: Path, device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
-    with _quiet():
-        program = torch.export.load(path)  # a program: torch runs what the file says
+    try:
+        with _quiet():
+            program = torch.export.load(path)  # a program: torch runs what the file says
+    except Exception as error:  # whatever its readers of archives, JSON and pickles raise
+        raise WeightsError(f"torch cannot read '{path}': {_first_line(error)}", "export the model again") from error
     (given,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     shape = [side if isinstance(side, int) else None for side in given.meta["val"].shape]
     # A guard refuses levels of one cell, which tracing did not see and the graph computes all the same.
@@ -387,6 +390,10 @@ def _open_program(path: Path, device: torch.device) -> Callable[[Tensor], dict[s
         return outputs
 
     return run
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_shape(path: Path, wanted: Sequence[Any], given: Sequence[int]) -> None:
