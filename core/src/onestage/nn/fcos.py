@@ -252,7 +252,11 @@ def best_pairs(
     starts = torch.tensor(counts[:-1], device=index.device).cumsum(0)
     chosen, start = [], 0
     for level in products.tensor_split(torch.searchsorted(index, starts).tolist()):
-        chosen.append(_top_in_order(level, per_level) + start)
+        if len(level) > per_level:  # only what is not below the last of the best has to be put in order
+            near = (level >= level.topk(per_level).values[-1]).nonzero().flatten()
+            chosen.append(near[_top_in_order(level[near], per_level)] + start)
+        else:
+            chosen.append(_top_in_order(level, per_level) + start)
         start += len(level)
     best = torch.cat(chosen)
     return Kept(index[best], labels[best], products[best].sqrt())
