@@ -43,6 +43,8 @@ EXCEPTIONS = {
     ("tables/__main__.py", "onestage.cli.tables"),  # the command of this folder's name
     ("masks.py", "onestage.ops.packed"),  # the forms of masks, on tensors: these ops know nothing of `Masks`
     ("masks.py", "onestage.ops.runs"),
+    ("masks.py", "onestage.ops.host"),  # what travels to the host together
+    ("structures.py", "onestage.ops.host"),
 }
 
 

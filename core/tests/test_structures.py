@@ -6,6 +6,7 @@ import torch
 from onestage import structures
 from onestage.errors import MachineError, UsageError
 from onestage.masks import Masks
+from onestage.ops import host
 from onestage.structures import Detections, ImageFrame, Reference, Target, training_targets, usable
 
 BOX = [[1.0, 2.0, 5.0, 6.0]]
@@ -21,6 +22,33 @@ def _detections(count=3):
     scores = torch.linspace(0.9, 0.1, count)
     boxes = torch.tensor(BOX).repeat(count, 1)
     return Detections((8, 8), boxes, scores, torch.arange(count), Masks.from_bool(masks))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("packed", [True, False])
+def test_detections_travel_to_the_host_together(count, packed, monkeypatch):
+    found = replace(_detections(count), embeddings=torch.rand(count, 5))
+    if packed:
+        found = replace(found, masks=Masks((8, 8), found.masks.windows, found.masks.words))
+    waits = []
+    monkeypatch.setattr(host, "keeps_fixed_shapes", lambda device: True)
+    monkeypatch.setattr(host, "to_host", lambda *tensors: waits.append(len(tensors)) or tensors)
+    arrived = found.to("cpu")
+    assert waits == [6]
+    for name in ("boxes", "scores", "labels", "embeddings"):
+        assert torch.equal(getattr(arrived, name), getattr(found, name))
+    assert arrived.masks.is_packed == packed
+    assert torch.equal(arrived.masks.to_bool(), found.masks.to_bool())
+
+
+def test_larger_masks_than_usual_are_waited_for_again(monkeypatch):
+    full = Masks.from_bool(torch.ones(20, 40, 8))
+    masks = Masks(full.size, full.windows, full.words)
+    waits = []
+    monkeypatch.setattr(host, "to_host", lambda *tensors: waits.append(len(tensors)) or tensors)
+    arrived = masks.arrived(*masks.sent())
+    assert waits == [1]
+    assert torch.equal(arrived.to_bool(), full.to_bool())
 
 
 def test_a_public_target_is_completed():

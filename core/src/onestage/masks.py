@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from onestage.errors import DatasetError
+from onestage.ops import host
 from onestage.ops.packed import (
     dense_masks,
     num_words,
@@ -151,6 +152,18 @@ class Masks:
         if self.is_packed and windows.device.type == "cpu":
             stored = stored[: int(num_words(windows).sum())]  # the room behind the windows does not travel
         return Masks(self.size, windows, stored.to(device))
+
+    def sent(self) -> tuple[Tensor, Tensor]:
+        """What travels to the host before it knows how large windows are: these, and as much as is usual in them."""
+        room = word_capacity(2 + len(self) // 8, self.size) if self.is_packed else len(self.stored)
+        return self.windows, self.stored[:room]
+
+    def arrived(self, windows: Tensor, stored: Tensor) -> Masks:
+        """The masks on the host, from copies there of what was `sent`; it waits for what more there is."""
+        needed = int(num_words(windows).sum()) if self.is_packed else len(stored)
+        if needed > len(stored):
+            (stored,) = host.to_host(self.stored[:needed])
+        return Masks(self.size, windows.clone(), stored[:needed].clone())
 
     def area(self) -> Tensor:
         """[N] int64, pixels of each mask."""

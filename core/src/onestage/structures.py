@@ -16,6 +16,7 @@ from torch import Tensor
 from onestage import boxes as box_ops
 from onestage.errors import MachineError, UsageError
 from onestage.masks import Masks
+from onestage.ops import host
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,21 @@ class Detections:
         return self._map(lambda part: part[keep])
 
     def to(self, device: torch.device | str) -> Detections:
-        return self._map(lambda part: part.to(device))
+        """On another device; from a GPU to the CPU everything travels together, and the host waits once."""
+        if torch.device(device).type != "cpu" or not host.keeps_fixed_shapes(self.boxes.device):
+            return self._map(lambda part: part.to(device))
+        sent: list[Tensor] = []
+        for part in vars(self).values():
+            if isinstance(part, Masks):
+                sent += part.sent()
+            elif isinstance(part, Tensor):
+                sent.append(part)
+        arrived = iter(host.to_host(*sent))
+        return self._map(
+            lambda part: (
+                part.arrived(next(arrived), next(arrived)) if isinstance(part, Masks) else next(arrived).clone()
+            )
+        )
 
     def as_dict(self, mask_output: str = "bool") -> dict[str, Any]:
         """The public form: `boxes`, `labels`, `scores` and `masks`, and those of the optional fields that are there.
