@@ -2,7 +2,7 @@
 
 Random parameters: it shows that the runtimes compute what the model computes, and says nothing about accuracy. Inputs
 are 480 x 640 and 640 x 480 (SAIS, whose inputs are square: 480 x 480). `python -m PACKAGE.export` does the work and the
-comparing; it fails if a difference is larger than allowed.
+comparing; a record says whether all differences were as small as they have to be (`held`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+from onestage.errors import CheckFailed
 from onestage.method import Method
 from onestage.tables.record import write_record
 
@@ -38,9 +39,10 @@ def write(package: str, variant: str, results: Path, *flags: str) -> Path:
     words = ["--variant", variant, "--size", str(SIZE), "--format", "both", *flags]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", f"{package}.export", *words, "--output", folder, "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    del found["run"]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        if code not in (0, CheckFailed.exit_code):
+            raise SystemExit(code)
+        found = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")) | {"held": code == 0}
     libraries = {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
     body = {"kind": "export", "weights": "random", "results": found, "libraries": libraries}
     return write_record(results, f"export-{package}", {"package": package, "flags": words}, body)
