@@ -389,7 +389,7 @@ def _check_archive(path: Path, kind: str) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             damaged = packed[0] if packed else archive.testzip()  # torch packs nothing
-    except _UNPICKLING_ERRORS + (OSError, NotImplementedError, zlib.error) as error:
+    except UNPICKLING_ERRORS + (OSError, NotImplementedError, zlib.error) as error:
         raise WeightsError(f"weights '{path}' are damaged ({error})", "copy or save the file again") from error
     if damaged is not None:
         raise WeightsError(
@@ -425,7 +425,7 @@ def _read_content(path: Path, kind: Literal["torch", "pickle"]) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
         with open(path, "rb") as file:
             return _ArrayUnpickler(file, encoding="latin1").load()
-    except _UNPICKLING_ERRORS as error:
+    except UNPICKLING_ERRORS as error:
         first = str(error).partition("\n")[0]
         if "Unsupported global" in str(error) or "GLOBAL" in str(error) or isinstance(error, _Refused):
             raise WeightsError(
@@ -439,7 +439,8 @@ class _Refused(pickle.UnpicklingError):
     """A class or function that is not on the allow-list."""
 
 
-_UNPICKLING_ERRORS = (
+# What reading a damaged or foreign pickle may raise.
+UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     EOFError,
     RuntimeError,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from onestage.config import InputConfig, config_from_dict
-from onestage.engine.checkpoint import WeightsInfo, load_weights, save_weights, write_atomically
+from onestage.engine.checkpoint import UNPICKLING_ERRORS, WeightsInfo, load_weights, save_weights, write_atomically
 from onestage.errors import MachineError, UsageError, WeightsError
 from onestage.method import Method
 from onestage.ops.deform import ExportedForm, exported_as
@@ -43,6 +43,11 @@ CARD = "export.json"
 STRIDES = (8, 16, 32, 64, 128)  # of the levels P3 to P7, input pixels per cell
 EXAMPLE = (256, 320)  # input traced where sizes stay open: no level shrinks to one cell, which tracing would fix
 MAX_CELLS, MAX_BATCH = 512, 1024  # of open sizes: cells of the padding's multiple, images
+# What onnxruntime raises for a file that it cannot read; its exceptions share no class.
+ONNX_ERRORS = (
+    *("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf"),
+    *("NoModel", "NoSuchFile", "NotFound", "NotImplemented", "RuntimeException"),
+)
 PAIR = 1.0  # detections further apart, px, are not the same one
 
 
@@ -288,7 +293,7 @@ def load_exported(
     needed = {name for name in model.state_dict() if parts and name.startswith(parts)}
     if needed != set(state):
         raise WeightsError(f"'{folder / DECODE}' holds other weights than decoding needs", "export the model again")
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(model.state_dict() | state, assign=True)
     _forget_meta(model)
     network = ExportedNetwork(path, torch.device(device), model.output_type)
     object.__setattr__(model, "raw_outputs", network)
@@ -344,6 +349,7 @@ def _open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], dict[str,
     if find_spec("onnxruntime") is None:
         raise MachineError(f"'{path}' needs onnxruntime, which is not installed", "pip install onnxruntime")
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as reasons
 
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
@@ -353,7 +359,7 @@ def _open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], dict[str,
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # its exception types are not public
+    except tuple(getattr(reasons, name) for name in ONNX_ERRORS) as error:
         text = _first_line(error)
         if "DeformConv" in text:
             raise MachineError(
@@ -376,7 +382,7 @@ def _open_program(path: Path, device: torch.device) -> Callable[[Tensor], dict[s
     try:
         with _quiet():
             program = torch.export.load(path)  # a program: torch runs what the file says
-    except Exception as error:  # whatever its readers of archives, JSON and pickles raise
+    except (*UNPICKLING_ERRORS, OSError) as error:
         raise WeightsError(f"torch cannot read '{path}': {_first_line(error)}", "export the model again") from error
     (given,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     shape = [side if isinstance(side, int) else None for side in given.meta["val"].shape]
