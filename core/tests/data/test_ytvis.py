@@ -142,6 +142,8 @@ def test_a_file_without_annotations_has_videos_without_objects(folder):
         (lambda c: c["annotations"][0].update(video_id=9), "annotations[0] belongs to video 9"),
         (lambda c: c["annotations"][1].update(id=11), "annotations[1] has the id 11"),
         (lambda c: c["videos"][1].update(id=5), "videos[1] has the id 5"),
+        (lambda c: c.update(videos=None), "'videos' is not a list"),
+        (lambda c: c.update(videos=0), "'videos' is not a list"),
         (lambda c: c["videos"][1].update(file_names=[]), "video 2 has no frames"),
         (lambda c: c["annotations"][0]["segmentations"].__setitem__(2, rle(0, 1) | {"counts": [9]}), "annotation 11"),
         (lambda c: c["videos"][0]["file_names"].__setitem__(1, "../x.png"), "has '..'"),

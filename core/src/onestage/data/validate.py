@@ -528,8 +528,8 @@ def _frames_as_images(content: dict[str, Any], source: str) -> tuple[dict[str, A
     """
     videos: dict[int, Video] = {}
     first = 1
-    for part in ("videos", "annotations"):
-        if not isinstance(content.get(part) or [], list):
+    for part, entries in (("videos", content["videos"]), ("annotations", content.get("annotations") or [])):
+        if not isinstance(entries, list):
             raise _no_video_file(source, f"'{part}' is not a list")
     for number, video in enumerate(content["videos"]):
         problem = video_problem(number, video, videos)
