@@ -7,7 +7,7 @@ from the CPU path as bool and from kernels packed into words, whose number the h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -103,9 +103,40 @@ class Masks:
 
     @staticmethod
     def cat(masks: Sequence[Masks]) -> Masks:
-        """All masks of several `Masks` of one image."""
+        """All masks of several `Masks` of one image, packed if all of them are."""
         assert len({m.size for m in masks}) == 1, "masks of images of different sizes"
-        return Masks(masks[0].size, torch.cat([m.windows for m in masks]), torch.cat([m.pixels for m in masks]))
+        windows = torch.cat([m.windows for m in masks])
+        if all(m.is_packed for m in masks):
+            return Masks(
+                masks[0].size, windows, torch.cat([m.stored[: int(num_words(m.windows).sum())] for m in masks])
+            )
+        return Masks(masks[0].size, windows, torch.cat([m.pixels for m in masks]))
+
+    @staticmethod
+    def in_parts(make: Callable[[slice], Masks], count: int, device: torch.device) -> Masks:
+        """The masks of `count` detections, made all at once if the GPU's memory holds the room they may need.
+
+        Otherwise in ever smaller parts, which wait on the host for the rest, without the room they did not need.
+
+        Args:
+            make: The masks of some of the detections, on `device`.
+            count: How many there are.
+            device: Where the result goes.
+
+        Raises:
+            torch.OutOfMemoryError: the memory does not hold the room of one mask, or not the result.
+        """
+        size = count
+        while True:
+            try:
+                if size == count:
+                    return make(slice(0, count))
+                parts = [make(slice(first, first + size)).to("cpu") for first in range(0, count, size)]
+                return Masks.cat(parts).to(device)
+            except torch.OutOfMemoryError:
+                if size <= 1:
+                    raise
+            size = (size + 1) // 2
 
     def __len__(self) -> int:
         return len(self.windows)

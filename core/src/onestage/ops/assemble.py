@@ -116,8 +116,15 @@ def assemble_masks(
         "output_size": output_size,
         "align_corners": align_corners,
     }
-    if wants_triton(basis) or torch.compiler.is_compiling():
-        return Masks(output_size, *_assemble_op(basis, coefficients, windows, boxes, **how))
+
+    def make(some: slice) -> Masks:
+        chosen = None if boxes is None else boxes[some]
+        return Masks(output_size, *_assemble_op(basis, coefficients[some], windows[some], chosen, **how))
+
+    if torch.compiler.is_compiling():
+        return make(slice(None))
+    if wants_triton(basis):
+        return Masks.in_parts(make, len(windows), basis.device)
     with torch.autocast(basis.device.type, enabled=False):
         return assemble_masks_torch(basis, coefficients, windows, boxes=boxes, **how)
 

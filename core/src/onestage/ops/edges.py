@@ -75,11 +75,32 @@ def assemble_with_profiles(
         "output_size": output_size,
         "align_corners": align_corners,
     }
-    if wants_triton(basis) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         image_windows, words, profiles = _profiles_op(basis, coefficients, windows, **how)
         return Masks(output_size, image_windows, words), _split(profiles, len(windows), output_size)
+    if wants_triton(basis):
+        return _in_parts(basis, coefficients, windows, output_size, how)
     with torch.autocast(basis.device.type, enabled=False):
         return assemble_with_profiles_torch(basis, coefficients, windows, **how)
+
+
+def _in_parts(
+    basis: Tensor, coefficients: Tensor, windows: Tensor, output_size: Size, how: dict[str, Any]
+) -> tuple[Masks, Profiles]:
+    """What the op gives, in as many parts as `Masks.in_parts` needs; profiles are small and stay where they are."""
+    parts: list[Profiles] = []
+
+    def make(some: slice) -> Masks:
+        if some.start == 0:
+            parts.clear()
+        image_windows, words, profiles = _profiles_op(basis, coefficients[some], windows[some], **how)
+        parts.append(_split(profiles, len(image_windows), output_size))
+        return Masks(output_size, image_windows, words)
+
+    masks = Masks.in_parts(make, len(windows), basis.device)
+    if len(parts) == 1:
+        return masks, parts[0]
+    return masks, Profiles(torch.cat([part.columns for part in parts]), torch.cat([part.rows for part in parts]))
 
 
 @torch.library.custom_op(

@@ -33,8 +33,14 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
     Returns:
         N masks of the image's size.
     """
-    if wants_triton(boxes) or torch.compiler.is_compiling():
-        return Masks(size, *_paste_op(probabilities, boxes, list(size), threshold))
+
+    def make(some: slice) -> Masks:
+        return Masks(size, *_paste_op(probabilities[some], boxes[some], list(size), threshold))
+
+    if torch.compiler.is_compiling():
+        return make(slice(None))
+    if wants_triton(boxes):
+        return Masks.in_parts(make, len(boxes), boxes.device)
     with torch.autocast(boxes.device.type, enabled=False):
         return paste_masks_torch(probabilities, boxes, size, threshold)
 
