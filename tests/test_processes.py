@@ -1,4 +1,4 @@
-"""Every package in two processes: gradients are those of one process that sees both batches."""
+"""Every package in two processes: gradients and AP are those of one process that sees all images."""
 
 from dataclasses import fields, replace
 from importlib import import_module
@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onestage.data.synth import ShapesDataset
 from onestage.engine import distributed
+from onestage.engine.evaluate import evaluate
 
 PAPERS = sorted(
     path.parent.name for path in Path(__file__).parents[1].glob("*/pyproject.toml") if path.parent.name != "core"
@@ -96,3 +97,23 @@ def test_images_without_objects_alone_reach_every_parameter_in_both_processes(pa
         assert gradient is not None, name
         assert gradient.isfinite().all(), name
         assert torch.equal(gradient, second[name]), name
+
+
+def evaluate_half(package):
+    method = import_module(f"{package}.method").METHOD
+    config = method.variants[method.demo_variant]
+    # An untrained network is sure of nothing.
+    inference = replace(config.inference, score_threshold=0.0, max_detections=10)
+    torch.manual_seed(0)
+    model, images = method.build(replace(config, inference=inference)), ShapesDataset(5, split="val", size=128)
+    distributed.start("cpu")
+    metrics, results = evaluate(model, images, progress=False)
+    distributed.stop()
+    assert len({result["image_id"] for result in results}) == len(images)
+    assert (metrics, results) == evaluate(model, images, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("package", PAPERS)
+def test_an_evaluation_shared_by_two_processes_has_the_numbers_of_one(package, fork):
+    assert fork(evaluate_half, package, processes=2) == [0, 0]
