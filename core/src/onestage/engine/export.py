@@ -268,7 +268,7 @@ def load_exported(
         folder: What `export` wrote.
         method_of: Package name to its `Method`.
         runtime: "onnx": onnxruntime; "torch": the `torch.export` program, which may do anything that Python can: for
-            folders you trust. None: onnx.
+            folders you trust.
         device: Where the network runs.
         configured: What to make of the stored config, for another threshold.
 
