@@ -37,7 +37,9 @@ from onestage.engine.checkpoint import load_checkpoint, load_weights
 from onestage.method import Method
 from onestage.tables.record import write_record
 
-PACKAGES = sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/src/*/method.py"))
+PACKAGES = sorted(
+    path.parent.name for path in Path(__file__).parents[1].glob("*/pyproject.toml") if path.parent.name != "core"
+)
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 3, 6
 FLAGS = f"--small --size 64 --device cpu --steps {STEPS} --batch-size 2 --no-autoscale --ema 0.9 --quiet"
 FLAGS += f" --save-every {SAVE_EVERY} --eval-every {EVAL_EVERY} --log-every 1"

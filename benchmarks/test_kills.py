@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ def test_a_difference_of_the_last_bit_is_seen_and_one_of_time_is_none(kills, tmp
     assert kills.differences(first, other) == found
     (other / "last.ckpt").unlink()
     assert kills.differences(first, other)[0] == f"{other / 'last.ckpt'} is missing"
+
+
+def test_the_packages_that_take_turns_have_methods(kills):
+    assert len(kills.PACKAGES) == 5
+    assert [import_module(f"{package}.method").METHOD.name for package in kills.PACKAGES] == kills.PACKAGES
 
 
 @pytest.mark.slow
