@@ -40,6 +40,7 @@ from sprnet.targets import assign_targets as sprnet_targets
 
 SIZE, NUM_IMAGES, FITTED_ON = 256, 3, 400  # px; images of a sheet; images that MEInst's codes are fitted on
 CODE_LENGTHS = (20, 60, 100)
+LEAST_SCORE = 0.3  # of what is shown of a network
 GREEN, RED = (40, 200, 80), (230, 50, 40)
 
 
@@ -226,12 +227,13 @@ def trained(tables: Path, method: Method, rows: tuple[str, ...], title: str, tex
         if entry.row.finish and method.finish is not None:
             method.finish(model, ShapesDataset(settings.counts("coco")[0], size=128))
         columns.append([(name, _found(model.eval(), image)) for image, _ in _all(images)])
+    text += f" Trained for {info.steps} steps on generated shapes; shown is what scores {LEAST_SCORE} or more."
     return [Sheet(title, text, [list(row) for row in zip(*columns, strict=True)])]
 
 
 def _found(model: Any, image: Tensor) -> Image.Image:
     found = model.detect([image])[0]
-    found = found[found.scores >= 0.3]
+    found = found[found.scores >= LEAST_SCORE]
     masks = found.masks.to_bool()
     return draw(image, Instances(found.boxes, found.labels, masks, None, found.unrefined_boxes), [])
 
