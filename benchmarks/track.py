@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from onestage.data.clips import ClipsDataset
+from onestage.data.frames import VideoWriter, open_source
 from onestage.engine.predict import Predictor
 from onestage.tables.record import write_record
 from sipmask.config import PUBLISHED_ASSOCIATION, VIDEO, VIDEO_SMALL, SipMaskConfig
 from sipmask.follow import TrackFiles, follow
-from sipmask.frames import VideoWriter, open_source
 from sipmask.method import METHOD
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +70,7 @@ def speed(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]
         writer = VideoWriter(Path(scratch) / "out.mp4", (HEIGHT, WIDTH), 30)
         found, pixels, totals, cpu = [], [], [], []
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        for frame in follow(open_source(str(clip)), predictor, max_age=100, max_tracks=200):
+        for frame in follow(open_source(str(clip), package="sipmask"), predictor, max_age=100, max_tracks=200):
             row = {"read": frame.seconds["read"], **stages.take()}
             row["resize, decode, masks"] = frame.seconds["detect"] - sum(row[part] for part in stages.parts)
             row["associate"] = frame.seconds["associate"]

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from onestage.cli.app import main
 from onestage.data.clips import ClipsDataset
+from onestage.data.frames import VideoWriter, open_source
 from onestage.data.validate import Video
 from onestage.engine.checkpoint import WeightsInfo, save_weights
 from onestage.engine.predict import Predictor
@@ -24,7 +25,6 @@ from onestage.errors import DatasetError, MachineError, UsageError
 from onestage.masks import Masks
 from sipmask.config import SMALL, VIDEO_SMALL
 from sipmask.follow import TrackFiles, follow
-from sipmask.frames import VideoWriter, open_source
 from sipmask.method import METHOD
 
 NUM_FRAMES, SIZE = 5, 64
@@ -108,7 +108,7 @@ def test_a_video_file_gives_the_frames_that_were_written(here, frames, weights):
     for number in range(NUM_FRAMES):
         writer.write(clips.frame(0, number)[:, 1:])  # 63 rows: one is added
     writer.close()
-    source = open_source("clip.mp4")
+    source = open_source("clip.mp4", package="sipmask")
     assert source.rate == pytest.approx(12.5)
     read = list(source)
     assert [frame.shape for frame in read] == [(3, SIZE, SIZE)] * NUM_FRAMES
@@ -152,7 +152,7 @@ def test_without_pyav_a_video_says_what_to_install(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (here / "clip.mp4").write_bytes(b"x")
     with pytest.raises(MachineError) as caught:
-        open_source("clip.mp4")
+        open_source("clip.mp4", package="sipmask")
     assert caught.value.what == "SOURCE 'clip.mp4' is a video and PyAV is not installed"
     assert caught.value.fix == "pip install './sipmask[video]'"
 
@@ -160,20 +160,20 @@ def test_without_pyav_a_video_says_what_to_install(here, monkeypatch):
 def test_sources_that_cannot_be_used_say_why(here, frames):
     pytest.importorskip("av")
     with pytest.raises(UsageError, match="does not exist"):
-        open_source("nothing.mp4")
+        open_source("nothing.mp4", package="sipmask")
     (here / "empty").mkdir()
     with pytest.raises(UsageError, match="has no images"):
-        open_source("empty")
+        open_source("empty", package="sipmask")
     with pytest.raises(UsageError, match="is one image"):
-        open_source(str(frames / "8.png"))
+        open_source(str(frames / "8.png"), package="sipmask")
     (here / "text.mp4").write_text("not a video")
     with pytest.raises(DatasetError, match="cannot be read"):
-        open_source("text.mp4")
+        open_source("text.mp4", package="sipmask")
     with pytest.raises(MachineError, match="camera 97 cannot be opened"):
-        open_source("97")
+        open_source("97", package="sipmask")
     to_pil_image(torch.zeros(3, 9, 9, dtype=torch.uint8)).save(frames / "9.png")
     with pytest.raises(DatasetError, match="'9.png' of .* is 9 x 9 px"):
-        list(open_source(str(frames)))
+        list(open_source(str(frames), package="sipmask"))
 
 
 def test_weights_of_an_image_model_are_refused(here, frames, capsys):

@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from onestage.cli.predict import find_sources
+from onestage.data.clips import ClipsDataset
+from onestage.data.frames import VideoWriter
 from onestage.engine.checkpoint import WeightsInfo, save_weights
 from onestage.engine.predict import Predictor
 from onestage.errors import UsageError
@@ -57,7 +62,7 @@ def test_sources_can_come_from_stdin(here, monkeypatch):
     [
         ("nothing.jpg", "SOURCE 'nothing.jpg' does not exist"),
         ("*.jpg", "SOURCE '*.jpg' matches no image"),
-        ("clip.mp4", "SOURCE 'clip.mp4' is a video; predict reads images"),
+        ("clip.mp4", "SOURCE 'clip.mp4' is a video, and not the only SOURCE"),
         (".", "SOURCE '.' has no images"),
     ],
 )
@@ -167,3 +172,91 @@ def test_dry_run_writes_nothing(call, here, weights):
     photo(here / "a.jpg")
     assert call("predict", "a.jpg", "--weights", weights, "--dry-run")[0] == 0
     assert not (here / "runs").exists()
+
+
+NUM_FRAMES, VIDEO_SIZE = 5, (32, 48)
+
+
+def clip(path: Path) -> Path:
+    pytest.importorskip("av")
+    writer = VideoWriter(path, VIDEO_SIZE, 10)
+    frames = ClipsDataset(1, size=64, num_frames=NUM_FRAMES)
+    for number in range(NUM_FRAMES):
+        writer.write(frames.frame(0, number)[:, : VIDEO_SIZE[0], : VIDEO_SIZE[1]])
+    writer.close()
+    return path
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_a_video_becomes_an_annotated_video_and_lines_of_json(call, here, weights, method):
+    pictures = frames_of(clip(here / "clip.mp4"))
+    code, out, _ = call("predict clip.mp4 --weights toy.safetensors --score-thr 0 --classes dog cow --json")
+    assert code == 0
+    result = json.loads(out)
+    run = Path(result["run"])
+    assert (result["frames"], result["instances"], result["interrupted"]) == (NUM_FRAMES, 2 * NUM_FRAMES, None)
+    assert {path.name for path in run.iterdir()} >= {"predicted.mp4", "predictions.jsonl"}
+    drawn = frames_of(run / "predicted.mp4")
+    assert [frame.shape for frame in drawn] == [(*VIDEO_SIZE, 3)] * NUM_FRAMES
+    assert np.abs(drawn[0].astype(int) - pictures[0]).mean() > 5  # masks and boxes
+    lines = [json.loads(line) for line in Path(result["json"]).read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(NUM_FRAMES))
+    predictor = Predictor.from_weights(weights, method=method, score_threshold=0.0)
+    for line, picture in zip(lines, pictures, strict=True):
+        expected = predictor(picture)
+        assert [entry["category_id"] for entry in line["annotations"]] == [
+            number for number in expected.category_ids if number in (9, 30)
+        ]
+        assert line["annotations"][0]["segmentation"] in expected.rle
+
+
+def test_every_second_frame_of_a_video_as_pictures(call, here, weights):
+    clip(here / "clip.mp4")
+    code, out, _ = call("predict clip.mp4 --weights toy.safetensors --save image --stride 2 --limit 2 --json")
+    assert code == 0
+    run = Path(json.loads(out)["run"])
+    assert sorted(path.name for path in (run / "images").iterdir()) == ["000000.jpg", "000002.jpg"]
+    assert not (run / "predictions.jsonl").exists()
+    assert not (run / "predicted.mp4").exists()
+
+
+def test_an_interrupted_video_keeps_what_was_found(call, here, weights, monkeypatch):
+    clip(here / "clip.mp4")
+    seen = []
+
+    def interrupted(self, image):
+        seen.append(image)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return predict(self, image)
+
+    predict = Predictor.__call__
+    monkeypatch.setattr(Predictor, "__call__", interrupted)
+    assert call("predict clip.mp4 --weights toy.safetensors --output out")[0] == 130
+    assert len((here / "out/predictions.jsonl").read_text().splitlines()) == 3
+    assert len(frames_of(here / "out/predicted.mp4")) == 3
+
+
+def test_what_does_not_go_with_a_video_says_so(call, here, weights):
+    photo(here / "a.jpg")
+    assert call("predict a.jpg --weights toy.safetensors --save video")[0] == 2
+    _, _, err = call("predict clip.mp4 --weights toy.safetensors --shard 0/2")
+    assert err.startswith("error: --shard and --skip-existing are for images")
+    _, _, err = call("predict 97 --weights toy.safetensors")
+    assert "camera 97 cannot be opened" in err or "PyAV is not installed" in err
+
+
+def test_without_pyav_a_video_says_what_to_install(call, here, weights, monkeypatch, method):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (here / "clip.mp4").write_bytes(b"x")
+    code, _, err = call("predict clip.mp4 --weights toy.safetensors")
+    assert code == 5
+    assert err == (
+        f"error: SOURCE 'clip.mp4' is a video and PyAV is not installed\n  fix: pip install './{method.name}[video]'\n"
+    )

@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from onestage.data.frames import FrameSource, open_source
 from onestage.engine.predict import Predictor, Result
-from sipmask.frames import FrameSource, open_source
 
 MAX_AGE = 100  # frames
 MAX_TRACKS = 200
@@ -67,7 +67,7 @@ def follow(
     """
     if not isinstance(predictor, Predictor):
         predictor = Predictor.from_weights(predictor)
-    frames = open_source(str(source)) if isinstance(source, (str, Path)) else source
+    frames = open_source(str(source), package="sipmask") if isinstance(source, (str, Path)) else source
     tracker = predictor.model.tracker(max_age=max_age, max_tracks=max_tracks)
     moments = [time.perf_counter()]
     for number, image in enumerate(islice(frames, 0, None if limit is None else limit * stride, stride)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,13 +15,10 @@ from onestage.cli.flags import Switch, Talk, parse_flags
 from onestage.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
+    from onestage.data.frames import FrameSource
     from onestage.engine.predict import Predictor
-    from sipmask.follow import TrackedFrame
-    from sipmask.frames import FrameSource
 
 logger = logging.getLogger("onestage")
-
-FOLDER_RATE = 10.0  # frames per second of a video that is made of a folder of frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +50,11 @@ def run(words: list[str]) -> int:
     assert flags.weights is not None
     # The imports are here because these modules load torch.
     from onestage.cli.runs import open_run
+    from onestage.data.frames import open_source
     from onestage.engine.predict import Predictor
-    from sipmask.frames import open_source
     from sipmask.method import METHOD
 
-    source = open_source(str(flags.source), max_pixels=flags.max_pixels)
+    source = open_source(str(flags.source), package="sipmask", max_pixels=flags.max_pixels)
     predictor = Predictor.from_weights(
         flags.weights,
         method=METHOD,
@@ -102,25 +98,16 @@ def _check(flags: Track) -> None:
 
 def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path) -> dict[str, Any]:
     """Follows to the end, or until told to stop; what was found until then is complete on disk either way."""
-    from tqdm import tqdm
-
+    from onestage.data.frames import DrawnFrames
     from onestage.engine.signals import Signals
     from sipmask.follow import TrackFiles, follow
 
     files = TrackFiles(folder, predictor.categories)
-    pictures = _Pictures(folder, source, flags) if "video" in flags.save else None
+    pictures = None
+    if "video" in flags.save:
+        pictures = DrawnFrames(folder / "tracked.mp4", source, rate=flags.rate, stride=flags.stride)
     seconds: dict[str, float] = {}
-    total = source.num_frames and -(-source.num_frames // flags.stride)
-    bar = tqdm(
-        total=min(total or sys.maxsize, flags.limit) if flags.limit else total,
-        desc="track",
-        unit="frame",
-        disable=flags.quiet,
-        leave=False,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-    )
+    bar = source.bar("track", stride=flags.stride, limit=flags.limit, quiet=flags.quiet)
     num_tracks = 0
     with bar, Signals() as signals:
         frames = follow(
@@ -135,7 +122,7 @@ def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path
             for frame in frames:
                 files.add(frame)
                 if pictures is not None:
-                    pictures.add(frame)
+                    pictures.add(frame.number, frame.result.draw(frame.image))
                 for stage, value in frame.seconds.items():
                     seconds[stage] = seconds.get(stage, 0.0) + value
                 bar.update()
@@ -158,41 +145,6 @@ def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path
         "interrupted": None if signals.number is None else 128 + signals.number,
         "run": str(folder),
     }
-
-
-class _Pictures:
-    """Frames with their objects drawn in: a video, or images where PyAV is missing, as a folder needs none."""
-
-    def __init__(self, folder: Path, source: FrameSource, flags: Track):
-        self.folder = folder
-        self.rate = flags.rate or (source.rate or FOLDER_RATE) / flags.stride
-        self.video: Any = None
-        try:
-            import av  # noqa: F401 - whether there is one
-        except ImportError:
-            logger.info("PyAV is not installed: pictures instead of a video; pip install './sipmask[video]'")
-            self.as_images = True
-            (folder / "frames").mkdir(exist_ok=True)
-        else:
-            self.as_images = False
-
-    def add(self, frame: TrackedFrame) -> None:
-        from torchvision.transforms.v2.functional import to_pil_image
-
-        from sipmask.frames import VideoWriter
-
-        picture = frame.result.draw(frame.image)
-        if self.as_images:
-            to_pil_image(picture).save(self.folder / "frames" / f"{frame.number:06d}.jpg", quality=92)
-            return
-        if self.video is None:
-            height, width = picture.shape[1:]
-            self.video = VideoWriter(self.folder / "tracked.mp4", (height, width), self.rate)
-        self.video.write(picture)
-
-    def close(self) -> None:
-        if self.video is not None:
-            self.video.close()
 
 
 if __name__ == "__main__":

@@ -126,19 +126,20 @@ class Eval(Model, Data, Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(Common):
-    """Finds instances in images: pictures, COCO JSON, masks."""
+    """Finds instances in images, or in the frames of a video: pictures, COCO JSON, masks."""
 
-    source: Positional[tuple[str, ...]] = ()  # files, folders, patterns in quotes; - reads a list from stdin
+    # files, folders, patterns in quotes; - reads a list from stdin; or one video, or the number of a camera
+    source: Positional[tuple[str, ...]] = ()
     weights: Path | None = None  # .safetensors, last.ckpt or a folder that export wrote (required)
     score_thr: float = 0.3  # leave out instances below this score
     max_dets: int | None = None  # at most so many instances per image
     classes: tuple[str, ...] = ()  # only these categories, by name
-    save: tuple[Literal["image", "json", "masks"], ...] = ("image", "json")
+    save: tuple[Literal["image", "json", "masks", "video"], ...] = ("image", "json")  # of a video: video json
     mask_format: Literal["rle", "polygon", "png"] = "rle"  # in the JSON; png: files, one per instance
     max_pixels: float = 100e6  # refuse larger images from their header
     skip_existing: Switch = False  # leave out images that --output already has
     shard: str = "0/1"  # I/N: every N-th image starting with image I, for N machines
-    stride: int = 1  # every n-th image
+    stride: int = 1  # every n-th image or frame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`predict`: instances in images, as pictures, COCO JSON and mask files."""
+"""`predict`: instances in images and in the frames of videos, as pictures, COCO JSON and mask files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,15 @@ from onestage.cli.app import config_record
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
 from onestage.data.coco import read_image
+from onestage.data.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DrawnFrames, FrameSource, is_camera, open_source
 from onestage.engine.checkpoint import write_atomically
 from onestage.engine.export import DECODE
 from onestage.engine.predict import Predictor, Result
+from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, UsageError, some
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
-
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"])
-VIDEO_SUFFIXES = frozenset([".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     if flags.weights is None:
         raise UsageError("--weights is missing", f"python -m {method.name}.predict IMAGE --weights best.safetensors")
+    if len(flags.source) == 1 and is_video(flags.source[0]):
+        return _run_video(method, call, flags.source[0])
+    if "video" in flags.save:
+        raise UsageError("--save video is for a video or a camera", "leave it away; --save image draws on images")
     sources = _share(find_sources(flags.source), flags)
     predictor = _predictor(method, flags)
     wanted = _labels(predictor.categories, flags.classes)
@@ -74,9 +78,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
                     logger.warning("%s", error.what)
                     bad.append(str(source.path))
                     continue
-                result = predictor(image)
-                if wanted is not None:
-                    result = result[torch.isin(result.labels, wanted)]
+                result = _chosen(predictor(image), wanted)
                 book.add(source, image, result)
                 if "image" in flags.save:
                     _save_picture(run.folder / "images" / f"{source.name}.jpg", image, result)
@@ -100,6 +102,91 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         }
 
 
+def _run_video(method: Method, call: Call, word: str) -> dict[str, Any]:
+    """The same for the frames of a video or a camera, one after the other: memory does not grow with their number."""
+    flags = call.flags
+    if flags.shard != "0/1" or flags.skip_existing:
+        raise UsageError("--shard and --skip-existing are for images", f"name '{word}' alone, or a folder of frames")
+    _check_stride(flags)
+    save = flags.save if "save" in call.given else ("video", "json")
+    source = open_source(word, package=method.name, max_pixels=flags.max_pixels)
+    predictor = _predictor(method, flags)
+    wanted = _labels(predictor.categories, flags.classes)
+    if flags.dry_run:
+        return {"dry_run": True, "frames": source.num_frames}
+    with open_run(
+        method.name, "predict", config_record(method, call), output=flags.output, overwrite=flags.overwrite
+    ) as run:
+        result = _predict_frames(source, predictor, wanted, save, flags, run.folder)
+        if result["interrupted"]:
+            raise SystemExit(result["interrupted"])
+        return result | {"run": str(run.folder)}
+
+
+def _predict_frames(
+    source: FrameSource, predictor: Predictor, wanted: Tensor | None, save: Sequence[str], flags: Any, folder: Path
+) -> dict[str, Any]:
+    """To the end, or until told to stop; what was found until then is complete on disk either way."""
+    drawn = DrawnFrames(folder / "predicted.mp4", source, stride=flags.stride) if "video" in save else None
+    path = folder / "predictions.jsonl"
+    bar = source.bar("predict", stride=flags.stride, limit=flags.limit, quiet=flags.quiet)
+    num_instances = 0
+    with open(path, "w", encoding="utf-8") as lines, bar, Signals() as signals:
+        try:
+            last = None if flags.limit is None else flags.limit * flags.stride
+            for number, image in enumerate(islice(source, 0, last, flags.stride)):
+                result = _chosen(predictor(image), wanted)
+                num_instances += len(result)
+                frame, name = number * flags.stride, f"{number * flags.stride:06d}"
+                if "json" in save:
+                    entries = _entries(result, frame, polygons=flags.mask_format == "polygon")
+                    lines.write(json.dumps({"frame": frame, "annotations": entries}) + "\n")
+                if drawn is not None:
+                    drawn.add(frame, result.draw(image))
+                if "image" in save:
+                    _save_picture(folder / "images" / f"{name}.jpg", image, result)
+                if "masks" in save or flags.mask_format == "png":
+                    _save_masks(folder / "masks", name, result)
+                bar.update()
+                if signals.number is not None:
+                    logger.info("stopped by signal %d; everything up to that frame is kept", signals.number)
+                    break
+        finally:
+            if drawn is not None:
+                drawn.close()
+    if "json" not in save:
+        path.unlink()
+    logger.info("%d instances in %d frames: %s", num_instances, bar.n, folder)
+    return {
+        "frames": bar.n,
+        "instances": num_instances,
+        "json": str(path) if "json" in save else None,
+        "interrupted": None if signals.number is None else 128 + signals.number,
+    }
+
+
+def _chosen(result: Result, wanted: Tensor | None) -> Result:
+    """What has one of the wanted labels; None: all."""
+    return result if wanted is None else result[torch.isin(result.labels, wanted)]
+
+
+def _entries(result: Result, image_id: int, *, polygons: bool) -> list[dict[str, Any]]:
+    """Annotations in COCO format, with scores, but for their ids."""
+    areas = result.masks.area().tolist()
+    entries = [
+        {**entry, "area": area, "iscrowd": 0} for entry, area in zip(result.to_coco(image_id), areas, strict=True)
+    ]
+    if polygons:
+        for entry, outlines in zip(entries, result.masks.to_polygons(), strict=True):
+            entry["segmentation"] = outlines
+    return entries
+
+
+def is_video(word: str) -> bool:
+    """Whether a SOURCE is a video or the number of a camera."""
+    return is_camera(word) or (Path(word).suffix.lower() in VIDEO_SUFFIXES and not Path(word).is_dir())
+
+
 def _predictor(method: Method, flags: Any) -> Predictor:
     """Of a weights file, or of a folder that `export` wrote."""
     limits = {"method": method, "score_threshold": flags.score_thr, "max_detections": flags.max_dets}
@@ -114,7 +201,7 @@ def find_sources(words: Sequence[str]) -> list[Source]:
     """The images that files, folders, patterns and `-` (a list on stdin) name, in order, each once.
 
     Raises:
-        UsageError: nothing named, something that is not there, or a video.
+        UsageError: nothing named, something that is not there, or a video among others.
     """
     if not words:
         raise UsageError("no SOURCE", "name image files, a folder, a pattern in quotes, or - for a list on stdin")
@@ -144,11 +231,8 @@ def _expand(words: Iterable[str]) -> Iterable[tuple[Path, Path]]:
             if not files:
                 raise UsageError(f"SOURCE '{word}' has no images", f"it may hold {some(sorted(IMAGE_SUFFIXES), 12)}")
             yield from ((file, file.relative_to(path)) for file in files)
-        elif path.suffix.lower() in VIDEO_SUFFIXES:
-            raise UsageError(
-                f"SOURCE '{word}' is a video; predict reads images",
-                "extract its frames into a folder, or use track",
-            )
+        elif is_video(word):
+            raise UsageError(f"SOURCE '{word}' is a video, and not the only SOURCE", "name it alone")
         elif path.is_file():
             yield path, Path(path.name)
         elif any(sign in word for sign in "*?["):
@@ -166,9 +250,13 @@ def _share(sources: list[Source], flags: Any) -> list[Source]:
     index, _, count = flags.shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UsageError(f"--shard is '{flags.shard}'; expected I/N with I from 0 to N-1", "as in --shard 0/4")
+    _check_stride(flags)
+    return sources[:: flags.stride][int(index) :: int(count)][: flags.limit]
+
+
+def _check_stride(flags: Any) -> None:
     if flags.stride < 1:
         raise UsageError(f"--stride is {flags.stride}", "give at least 1")
-    return sources[:: flags.stride][int(index) :: int(count)][: flags.limit]
 
 
 def _labels(categories: Sequence[tuple[int, str]], names: Sequence[str]) -> Tensor | None:
@@ -216,13 +304,8 @@ class _Book:
         height, width = image.shape[-2:]
         images.append({"id": image_id, "file_name": source.path.as_posix(), "height": height, "width": width})
         self.files.add(source.path.as_posix())
-        polygons = result.masks.to_polygons() if self.polygons else None
-        areas = result.masks.area()
-        for index, entry in enumerate(result.to_coco(image_id)):
-            area = int(areas[index])
-            annotations.append({"id": len(annotations) + 1, **entry, "area": area, "iscrowd": 0})
-            if polygons is not None:
-                annotations[-1]["segmentation"] = polygons[index]
+        for entry in _entries(result, image_id, polygons=self.polygons):
+            annotations.append({"id": len(annotations) + 1, **entry})
         self.num_new += len(result)
 
     def write(self) -> None:
