@@ -65,11 +65,13 @@ def test_paper_requires_only_the_core_of_its_checkout(paper):
     assert project(paper)["dependencies"] == ["{env:ONESTAGE_CORE:onestage-core @ {root:parent:uri}/core}"]
 
 
-def test_export_wants_the_same_libraries_everywhere_and_the_tests_have_them(package):
-    wanted = project("core")["optional-dependencies"]["export"]
-    assert [name_and_marker(line)[0] for line in wanted] == ["onnx", "onnxruntime", "onnxscript"]
-    assert project(package)["optional-dependencies"]["export"] == wanted
-    assert set(wanted) <= set(tomllib.loads(read("pyproject.toml"))["dependency-groups"]["test"])
+def test_extras_want_the_same_libraries_everywhere_and_the_tests_have_them(package):
+    wanted = project("core")["optional-dependencies"]
+    extras = {name: wanted[name] for name in ("export", "fast-eval", "video")}
+    assert [name_and_marker(line)[0] for line in extras["export"]] == ["onnx", "onnxruntime", "onnxscript"]
+    assert project(package)["optional-dependencies"].items() >= extras.items()
+    lines = set(tomllib.loads(read("pyproject.toml"))["dependency-groups"]["test"])
+    assert {line for extra in extras.values() for line in extra} <= lines
 
 
 @pytest.mark.parametrize("paper", PAPERS)

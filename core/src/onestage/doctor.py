@@ -32,6 +32,7 @@ REINSTALL = "install both from the same index, for example: pip install --force-
 OPTIONAL = {
     "av": "videos in and out: pip install av",
     "supervision": "Result.to_supervision: pip install supervision",
+    "faster-coco-eval": "eval --backend faster-coco-eval: pip install faster-coco-eval",
     "tensorboard": "train --log tensorboard: pip install tensorboard",
     "onnx": "export: pip install onnx onnxscript",
     "onnxruntime": "export checks what it wrote: pip install onnxruntime",

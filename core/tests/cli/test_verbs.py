@@ -148,6 +148,18 @@ def test_eval_of_weights_and_of_the_file_it_wrote_agree(call, shapes):
     assert [first[name] for name in metrics] == [second[name] for name in metrics]
 
 
+def test_eval_counts_the_same_with_the_other_backend(call, shapes):
+    pytest.importorskip("faster_coco_eval")
+    words = ["eval", "--data", "shapes", "--device", "cpu", "--score-thr", "0", "--json"]
+    weights = train(call, "--data", "shapes")["weights"]
+    first = json.loads(call(*words, "--weights", weights)[1])
+    again = json.loads(call(*words, "--weights", weights, "--backend", "faster-coco-eval")[1])
+    file = json.loads(call(*words, "--results", first["results"], "--backend", "faster-coco-eval")[1])
+    metrics = [name for name in first if name.startswith(("segm/", "bbox/"))]
+    assert metrics
+    assert [first[name] for name in metrics] == [again[name] for name in metrics] == [file[name] for name in metrics]
+
+
 def test_eval_says_how_to_explore_its_results_and_weights_alone_show_the_same(
     call, method, shapes, monkeypatch, capsys
 ):

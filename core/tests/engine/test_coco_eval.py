@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import sys
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from pycocotools.cocoeval import COCOeval
 
 from onestage.data.coco import CocoDataset, coco_object, locate
 from onestage.data.synth import ShapesDataset
-from onestage.engine.coco_eval import CocoEvaluator, evaluate_results_file, match_categories
-from onestage.errors import DatasetError
+from onestage.engine.coco_eval import Backend, CocoEvaluator, evaluate_results_file, match_categories
+from onestage.errors import DatasetError, MachineError
 from onestage.masks import Masks
 from onestage.structures import Detections
 
@@ -278,3 +280,28 @@ def test_real_ground_truth_against_itself_is_ap_1(shared, name):
     metrics = evaluator.summarize()
     for iou_type in ("bbox", "segm"):
         assert [metrics[f"{iou_type}/{key}"] for key in ("AP", "AP50", "AR100")] == [1, 1, 1]
+
+
+def test_both_backends_count_the_same(capsys):
+    pytest.importorskip("faster_coco_eval")
+    images = ShapesDataset(30, split="val", size=64)
+    evaluators = [CocoEvaluator(images.coco_gt(), images.categories, backend=b) for b in get_args(Backend)]
+    generator = torch.Generator().manual_seed(0)
+    for index, image_id in enumerate(images.image_ids):
+        _, target = images[index]
+        moved = target.masks.bool().roll(tuple(torch.randint(-2, 3, (2,), generator=generator).tolist()), (1, 2))
+        scores = torch.rand(len(target), generator=generator).sort(descending=True).values
+        labels = torch.where(torch.rand(len(target), generator=generator) < 0.2, 0, target.labels)
+        for evaluator in evaluators:
+            evaluator.add(image_id, Detections((64, 64), target.boxes + 1, scores, labels, Masks.from_bool(moved)))
+    one, other = (evaluator.summarize(per_class=True) for evaluator in evaluators)
+    assert 0 < one["segm/AP"] < 1
+    assert other == one
+    assert capsys.readouterr().out == ""
+
+
+def test_a_backend_that_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(MachineError) as caught:
+        CocoEvaluator(ground_truth(), CATEGORIES, backend="faster-coco-eval")
+    assert caught.value.fix == "pip install faster-coco-eval"

@@ -102,7 +102,7 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         }
         if video:
             return evaluate_videos(model, dataset, **settings)
-        return evaluate(model, dataset, iou_types=flags.iou_types, **settings)
+        return evaluate(model, dataset, iou_types=flags.iou_types, backend=flags.backend, **settings)
 
     if not distributed.rank_zero():
         metrics = dict(compute()[0])
@@ -151,7 +151,12 @@ def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:
     if flags.dry_run:
         return {"dry_run": True, "images": len(dataset)}
     metrics = evaluate_results_file(
-        flags.results, dataset.coco_gt(), iou_types=flags.iou_types, max_dets=flags.max_dets, per_class=flags.per_class
+        flags.results,
+        dataset.coco_gt(),
+        iou_types=flags.iou_types,
+        max_dets=flags.max_dets,
+        per_class=flags.per_class,
+        backend=flags.backend,
     )
     say_metrics(metrics)
     return metrics | {"images": len(dataset), "results": str(flags.results)}

@@ -120,6 +120,7 @@ class Eval(Model, Data, Common):
     per_class: bool = False  # AP of each category too
     iou_types: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm")
     max_dets: tuple[int, int, int] = (1, 10, 100)  # detections per image that AR counts; the last one for AP
+    backend: Literal["pycocotools", "faster-coco-eval"] = "pycocotools"  # equal numbers; the second is quicker
     score_thr: float | None = None  # short for --model.inference.score-threshold
     batch_size: int = 1  # images at once
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -16,9 +17,11 @@ from pycocotools.cocoeval import COCOeval
 
 from onestage.data.coco import coco_object
 from onestage.data.validate import read_json
-from onestage.errors import DatasetError, some
+from onestage.errors import DatasetError, MachineError, some
 from onestage.masks import rle_counts
 from onestage.structures import Detections
+
+Backend = Literal["pycocotools", "faster-coco-eval"]  # the second: equal numbers from compiled code, an extra
 
 IOU_TYPES = ("bbox", "segm")
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # position among COCOeval's area ranges
@@ -34,9 +37,11 @@ class CocoEvaluator:
         categories: (id, name) of the labels of the detections. Where they differ from the ground truth's, names decide.
         iou_types: Any of `bbox`, `segm`.
         max_dets: How many detections of an image AR looks at; AP takes the last.
+        backend: What counts.
 
     Raises:
         DatasetError: the categories do not fit.
+        MachineError: the backend is not installed.
     """
 
     def __init__(
@@ -45,7 +50,9 @@ class CocoEvaluator:
         categories: Sequence[tuple[int, str]],
         iou_types: Sequence[str] = IOU_TYPES,
         max_dets: Sequence[int] = (1, 10, 100),
+        backend: Backend = "pycocotools",
     ):
+        self._counting = counting(backend)
         self.gt = gt
         self.iou_types = tuple(iou_types)
         self.max_dets = tuple(max_dets)
@@ -101,7 +108,9 @@ class CocoEvaluator:
         """
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
-            one = average_precision(self.gt, self.results(iou_type), iou_type, self.max_dets, per_class=per_class)
+            one = average_precision(
+                self.gt, self.results(iou_type), iou_type, self.max_dets, per_class=per_class, counting=self._counting
+            )
             metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
         return metrics
 
@@ -113,6 +122,23 @@ def ranked_for(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict
     return [{**entry, "score": entry.get("mask_score", entry["score"])} for entry in results]
 
 
+def counting(backend: Backend) -> Callable[[COCO, COCO, str], COCOeval]:
+    """What makes an evaluation of ground truth, results and an IoU type.
+
+    Raises:
+        MachineError: it is not installed.
+    """
+    if backend == "pycocotools":
+        return COCOeval
+    try:
+        from faster_coco_eval import COCOeval_faster
+    except ImportError as error:
+        raise MachineError(
+            "--backend faster-coco-eval needs a library that is not installed", "pip install faster-coco-eval"
+        ) from error
+    return partial(COCOeval_faster, print_function=lambda *words: None)
+
+
 def average_precision(
     gt: COCO,
     results: Sequence[Mapping[str, Any]],
@@ -120,8 +146,9 @@ def average_precision(
     max_dets: Sequence[int] = (1, 10, 100),
     *,
     per_class: bool = False,
+    counting: Callable[[COCO, COCO, str], COCOeval] = COCOeval,
 ) -> dict[str, float]:
-    """pycocotools' COCOeval on results that are known to be sound.
+    """COCO's evaluation of results that are known to be sound.
 
     Args:
         gt: Ground truth.
@@ -129,6 +156,7 @@ def average_precision(
         iou_type: `bbox` or `segm`.
         max_dets: Detections per image, ascending; the last one is AP's.
         per_class: Adds `AP/<name>` of every category.
+        counting: As the function `counting` gives it.
 
     Returns:
         `AP`, `AP50`, ... as in `CocoEvaluator.summarize`, without the IoU type.
@@ -136,7 +164,7 @@ def average_precision(
     # loadRes completes the entries in place, and reads the first of them to know what they are.
     with contextlib.redirect_stdout(io.StringIO()):
         found = gt.loadRes(copy.deepcopy(list(results))) if results else coco_object([], [], _categories_of(gt))
-    evaluation = COCOeval(gt, found, iou_type)
+    evaluation = counting(gt, found, iou_type)
     evaluation.params.maxDets = list(max_dets)
     run_silently(evaluation)
     return metrics_of(evaluation, per_class=per_class)
@@ -173,6 +201,7 @@ def evaluate_results_file(
     max_dets: Sequence[int] = (1, 10, 100),
     *,
     per_class: bool = False,
+    backend: Backend = "pycocotools",
 ) -> dict[str, float]:
     """AP and AR of a COCO results file, whoever wrote it.
 
@@ -182,14 +211,18 @@ def evaluate_results_file(
         iou_types: Any of `bbox`, `segm`; those the file has no data for are an error.
         max_dets: As in `CocoEvaluator`.
         per_class: As in `CocoEvaluator.summarize`.
+        backend: What counts.
 
     Raises:
+        MachineError: the backend is not installed.
         DatasetError: no results, or entries that do not fit the data set or cannot be decoded.
     """
+    evaluation = counting(backend)
     results = check_results(read_json(path), gt, iou_types, f"results '{path}'")
     metrics: dict[str, float] = {}
     for iou_type in iou_types:
-        one = average_precision(gt, ranked_for(results, iou_type), iou_type, max_dets, per_class=per_class)
+        ranked = ranked_for(results, iou_type)
+        one = average_precision(gt, ranked, iou_type, max_dets, per_class=per_class, counting=evaluation)
         metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
     return metrics
 

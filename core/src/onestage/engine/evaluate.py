@@ -16,7 +16,7 @@ from onestage.config import InputConfig
 from onestage.data.loader import InstanceDataset, make_loader
 from onestage.data.ytvis import Videos
 from onestage.engine import distributed
-from onestage.engine.coco_eval import CocoEvaluator
+from onestage.engine.coco_eval import Backend, CocoEvaluator
 from onestage.engine.guard import autocast
 from onestage.engine.ytvis_eval import VideoEvaluator
 from onestage.errors import DatasetError, UserError
@@ -35,9 +35,10 @@ def evaluate(
     max_dets: Sequence[int] = (1, 10, 100),
     per_class: bool = False,
     categories: Sequence[tuple[int, str]] | None = None,
+    backend: Backend = "pycocotools",
     progress: bool = True,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Runs `model.detect` over the images and scores what it finds with pycocotools.
+    """Runs `model.detect` over the images and scores what it finds as COCO does.
 
     With several processes each takes every n-th image; all return the same.
 
@@ -52,6 +53,7 @@ def evaluate(
         max_dets: Detections per image that count.
         per_class: Also AP for each category.
         categories: (id, name) of the labels the model gives; None: the data set's.
+        backend: What counts.
         progress: Show a bar on stderr.
 
     Returns:
@@ -61,8 +63,8 @@ def evaluate(
     if len(dataset) == 0:
         raise DatasetError("the data set to evaluate on has no images", "check the annotations and their folder")
     labels = categories or dataset.categories
-    evaluator = CocoEvaluator(dataset.coco_gt(), labels, iou_types=tuple(iou_types), max_dets=tuple(max_dets))
-    before = CocoEvaluator(dataset.coco_gt(), labels, iou_types=("bbox",), max_dets=tuple(max_dets))
+    evaluator = CocoEvaluator(dataset.coco_gt(), labels, iou_types, max_dets, backend)
+    before = CocoEvaluator(dataset.coco_gt(), labels, ("bbox",), max_dets, backend)
     if device is not None:
         model.to(device)
     where = next(model.parameters()).device
