@@ -296,7 +296,7 @@ def test_both_backends_count_the_same(capsys):
             evaluator.add(image_id, Detections((64, 64), target.boxes + 1, scores, labels, Masks.from_bool(moved)))
     one, other = (evaluator.summarize(per_class=True) for evaluator in evaluators)
     assert 0 < one["segm/AP"] < 1
-    assert other == one
+    assert other == pytest.approx(one, abs=1e-12)  # sums in another order
     assert capsys.readouterr().out == ""
 
 
