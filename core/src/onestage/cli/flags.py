@@ -7,6 +7,7 @@ config: see `resolve_config`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 from collections.abc import Sequence
@@ -335,11 +336,11 @@ def _defaults(method: Method, verb: str, argv: list[str]) -> tuple[Any, Any]:
 
 
 def _config_of_resumed(method: Method, argv: list[str]) -> str | None:
-    from onestage.cli.runs import checkpoint_to_resume
-
     resume = _peek(argv, "--resume")
     if resume is None:
         return None
+    from onestage.cli.runs import checkpoint_to_resume
+
     output = _peek(argv, "--output")
     return str(checkpoint_to_resume(method.name, resume, Path(output) if output else None).parent / "config.json")
 
@@ -393,14 +394,22 @@ def _read(defaults: Any, argv: list[str], program: str) -> tuple[Any, frozenset[
 
 
 def _run_tyro(kind: type, defaults: Any, argv: list[str], program: str) -> Any:
-    if "-h" in argv or "--help" in argv:
-        return tyro.cli(kind, prog=program, description=kind.__doc__, default=defaults, args=["--help"])
+    is_help = "-h" in argv or "--help" in argv
     said = io.StringIO()
+    was_enabled = gc.isenabled()
+    gc.disable()  # tyro makes syntax trees of all sources: a tenth of its time would go into looking for garbage
     try:
+        if is_help:
+            return tyro.cli(kind, prog=program, description=kind.__doc__, default=defaults, args=["--help"])
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, prog=program, description=kind.__doc__, default=defaults, args=argv)
     except SystemExit as stopped:
+        if is_help:
+            raise
         raise UsageError(_plain_message(said.getvalue()), f"{program} --help lists every flag") from stopped
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _plain_message(box: str) -> str:
