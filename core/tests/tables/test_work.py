@@ -7,6 +7,7 @@ import torch
 from onestage.data.ytvis import FramePairs
 from onestage.engine.checkpoint import load_weights
 from onestage.errors import DatasetError
+from onestage.tables import reproduce
 from onestage.tables.plan import Job, Settings, data_of, entry_of
 from onestage.tables.record import read_records
 from onestage.tables.reproduce import plan_jobs, run_jobs
@@ -146,6 +147,28 @@ def test_processes_side_by_side_report_progress_and_failures(rows, small, tmp_pa
     assert any(line.startswith("[1/3]") and "mask AP" in line for line in said)
     assert any("FAILED" in line for line in said)
     assert any("1 left, about" in line for line in said)
+
+
+def test_sessions_in_one_folder_leave_each_others_jobs_alone(rows, small, tmp_path, monkeypatch):
+    class Done:
+        returncode = 0
+
+        def __init__(self, *command, **how):
+            pass
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Done)
+    for process, name in ((11, "1x1"), (12, "fine")):
+        monkeypatch.setattr(reproduce.os, "getpid", lambda process=process: process)
+        jobs, _ = plan_jobs(rows(name), small, [0], tmp_path, alone=False)
+        run_jobs(jobs, tmp_path, at_once=2, reused=0, say=lambda line: None)
+    chosen = {file.name: Job.read(file).rows for file in (tmp_path / "jobs").glob("*.json")}
+    assert {name: [row for _, row in chosen[name]] for name in chosen} == {
+        "11-001.json": ["1x1"],
+        "12-001.json": ["fine"],
+    }
 
 
 def test_curves_are_thinned_and_end_with_the_last_step(tmp_path):

@@ -194,7 +194,7 @@ class _Process:
 
 
 def _start(number: int, job: Job, output: Path, at_once: int) -> _Process:
-    file = output / "jobs" / f"{number:03d}.json"
+    file = output / "jobs" / f"{os.getpid()}-{number:03d}.json"  # another session may be at work in the same folder
     for old in (file.with_suffix(".error"), file.with_suffix(".log")):
         old.unlink(missing_ok=True)
     job.write(file)
