@@ -218,8 +218,9 @@ def test_a_video_becomes_an_annotated_video_and_lines_of_json(call, here, weight
 
 def test_every_second_frame_of_a_video_as_pictures(call, here, weights):
     clip(here / "clip.mp4")
-    code, out, _ = call("predict clip.mp4 --weights toy.safetensors --save image --stride 2 --limit 2 --json")
+    code, out, _ = call("predict clip.mp4 --weights toy.safetensors --save image --stride 2 --limit 2 -q --json")
     assert code == 0
+    assert json.loads(out)["frames"] == 2
     run = Path(json.loads(out)["run"])
     assert sorted(path.name for path in (run / "images").iterdir()) == ["000000.jpg", "000002.jpg"]
     assert not (run / "predictions.jsonl").exists()

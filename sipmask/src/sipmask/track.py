@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,7 +109,7 @@ def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path
         pictures = DrawnFrames(folder / "tracked.mp4", source, rate=flags.rate, stride=flags.stride)
     seconds: dict[str, float] = {}
     bar = source.bar("track", stride=flags.stride, limit=flags.limit, quiet=flags.quiet)
-    num_tracks = 0
+    num_tracks, begun = 0, time.perf_counter()
     with bar, Signals() as signals:
         frames = follow(
             source,
@@ -131,7 +132,7 @@ def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path
         finally:
             if pictures is not None:
                 pictures.close()
-            pace = bar.n / max(bar.format_dict["elapsed"], 1e-9)
+            pace = files.num_frames / max(time.perf_counter() - begun, 1e-9)
             facts = {"source": source.name, "frames_per_second": source.rate}
             num_tracks = files.finish(facts, by_track="json" in flags.save, results="results" in flags.save)
     logger.info("%d frames, %d tracks, %.2f frames per second: %s", files.num_frames, num_tracks, pace, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,14 +131,14 @@ def _predict_frames(
     drawn = DrawnFrames(folder / "predicted.mp4", source, stride=flags.stride) if "video" in save else None
     path = folder / "predictions.jsonl"
     bar = source.bar("predict", stride=flags.stride, limit=flags.limit, quiet=flags.quiet)
-    num_instances = 0
-    with open(path, "w", encoding="utf-8") as lines, bar, Signals() as signals:
+    num_frames = num_instances = 0  # a bar that is not shown does not count
+    with open(path if "json" in save else os.devnull, "w", encoding="utf-8") as lines, bar, Signals() as signals:
         try:
             last = None if flags.limit is None else flags.limit * flags.stride
             for number, image in enumerate(islice(source, 0, last, flags.stride)):
                 result = _chosen(predictor(image), wanted)
-                num_instances += len(result)
-                frame, name = number * flags.stride, f"{number * flags.stride:06d}"
+                frame = number * flags.stride
+                name = f"{frame:06d}"
                 if "json" in save:
                     entries = _entries(result, frame, polygons=flags.mask_format == "polygon")
                     lines.write(json.dumps({"frame": frame, "annotations": entries}) + "\n")
@@ -147,6 +148,7 @@ def _predict_frames(
                     _save_picture(folder / "images" / f"{name}.jpg", image, result)
                 if "masks" in save or flags.mask_format == "png":
                     _save_masks(folder / "masks", name, result)
+                num_frames, num_instances = num_frames + 1, num_instances + len(result)
                 bar.update()
                 if signals.number is not None:
                     logger.info("stopped by signal %d; everything up to that frame is kept", signals.number)
@@ -154,11 +156,9 @@ def _predict_frames(
         finally:
             if drawn is not None:
                 drawn.close()
-    if "json" not in save:
-        path.unlink()
-    logger.info("%d instances in %d frames: %s", num_instances, bar.n, folder)
+    logger.info("%d instances in %d frames: %s", num_instances, num_frames, folder)
     return {
-        "frames": bar.n,
+        "frames": num_frames,
         "instances": num_instances,
         "json": str(path) if "json" in save else None,
         "interrupted": None if signals.number is None else 128 + signals.number,
