@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -237,7 +237,16 @@ def _a_pixel_wide(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
 
 
-MASK_OUTPUTS = ("bool", "prob", "rle", "packed", "lowres", "none")
+# What decoding fills for each public `mask_output`: `masks`, `soft_masks` at image resolution or on their own grid.
+MaskForm = Literal["binary", "soft", "lowres", "none"]
+FORM_OF: dict[str, MaskForm] = {
+    "bool": "binary",
+    "rle": "binary",
+    "packed": "binary",
+    "prob": "soft",
+    "lowres": "lowres",
+    "none": "none",
+}
 MASK_MEMORY = 8 * 2**30  # bytes a dense mask tensor may take
 
 
@@ -305,8 +314,8 @@ class Detections:
             UsageError: unknown form.
             MachineError: a dense form would take more than MASK_MEMORY bytes.
         """
-        if mask_output not in MASK_OUTPUTS:
-            raise UsageError(f"mask_output '{mask_output}' is unknown", f"use one of {', '.join(MASK_OUTPUTS)}")
+        if mask_output not in FORM_OF:
+            raise UsageError(f"mask_output '{mask_output}' is unknown", f"use one of {', '.join(FORM_OF)}")
         public: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         for name in ("mask_scores", "unrefined_boxes", "embeddings", "track_ids"):
             if getattr(self, name) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,12 +13,10 @@ from onestage import boxes as box_ops
 from onestage.nn import fcos
 from onestage.nn.nms import TIES, Kept, pair_nms, settled
 from onestage.ops.paste import with_masks
-from onestage.structures import Detections, ImageFrame
+from onestage.structures import Detections, ImageFrame, MaskForm
 
 if TYPE_CHECKING:
     from meinst.model import RawOutput
-
-MaskForm = Literal["binary", "soft", "lowres", "none"]
 
 
 def decode(

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from meinst.codec import MaskCodec, PixelCodec
 from meinst.config import MEInstConfig
-from meinst.decode import MaskForm, decode
+from meinst.decode import decode
 from meinst.losses import compute_losses
 from meinst.targets import assign_targets
-from onestage.errors import UsageError
 from onestage.nn import fcos
 from onestage.nn.deform import SelfOffsetConv2d
 from onestage.nn.fpn import FPN
@@ -32,14 +31,8 @@ from onestage.nn.towers import (
     init_normal,
     prior_bias,
 )
-from onestage.structures import Detections, Target, training_targets
+from onestage.structures import FORM_OF, Detections, MaskForm, Target, training_targets
 from onestage.transforms import prepare_batch
-
-MASKS_OF: dict[str, MaskForm] = {
-    "prob": "soft",
-    "lowres": "lowres",
-    "none": "none",
-}  # public mask_output to decode's forms
 
 
 class RawOutput(NamedTuple):
@@ -84,27 +77,16 @@ class MEInst(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self.detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self._detect(images, FORM_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
-        if targets is None:
-            raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True)
         raw = self.raw_outputs(batch.pixels)
         return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.codec, self.config)
 
-    @torch.no_grad()
-    def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
-        """Detections with `Masks` in box windows. Call in eval mode.
-
-        Args:
-            images: As for the model.
-            masks: False leaves them out; a name is one of `decode`'s forms.
-        """
-        form: MaskForm = masks if isinstance(masks, str) else "binary" if masks else "none"
-        batch = prepare_batch(images, None, self.config.input, training=False)
-        raw = self.raw_outputs(batch.pixels)
-        return decode(raw, batch.frames, partial(self.head.codes_at, raw), self.codec, self.config, form)
+    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
+        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
+        return self._detect(images, "binary" if masks else "none")
 
     def raw_outputs(self, pixels: Tensor) -> RawOutput:
         """Network outputs for normalised, padded pixels [B, 3, H, W]."""
@@ -115,6 +97,12 @@ class MEInst(nn.Module):
         """`raw_outputs` with the codes of every location in place of what they are read from, for export."""
         raw = self.raw_outputs(pixels)
         return raw._replace(codes=self.head.dense_codes(raw.mask_features), mask_features=[])
+
+    @torch.no_grad()
+    def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
+        batch = prepare_batch(images, None, self.config.input, training=False)
+        raw = self.raw_outputs(batch.pixels)
+        return decode(raw, batch.frames, partial(self.head.codes_at, raw), self.codec, self.config, masks)
 
 
 class MEInstHead(nn.Module):

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from onestage import boxes as box_ops
 from onestage.nn import retinanet
 from onestage.nn.fcos import top_per_level
 from onestage.nn.nms import Kept, class_wise_nms, settled
-from onestage.ops.assemble import Size, assemble_masks, crop_window
+from onestage.ops.assemble import Size, assemble_masks, crop_window, resize_maps
 from onestage.ops.edges import Profiles, assemble_with_profiles, enclosing_boxes
-from onestage.structures import Detections, ImageFrame
+from onestage.structures import Detections, ImageFrame, MaskForm
 from rdsnet.config import RDSNetConfig
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from rdsnet.refine import MBRM
 
 PIXEL_STRIDE = 4  # input pixels per pixel vector
-MaskForm = Literal["binary", "soft", "lowres", "none"]
-MASKS_OF: dict[str, MaskForm] = {"prob": "soft", "lowres": "lowres", "none": "none"}  # of public `mask_output`
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,11 @@ class Correlation:
 
     def soft(self, windows: Tensor, size: Size) -> Tensor:
         """The probabilities that `masks` thresholds, dense: [N, height, width] float32, 0 outside `windows`."""
-        logits = self.logits()[None]
+        logits = self.logits()
         if self.upsample > 1:
-            logits = F.interpolate(logits, scale_factor=self.upsample, mode="bilinear", align_corners=False)
-        height, width = self.input_size or logits.shape[-2:]
-        logits = logits[:, :, :height, :width]
-        soft = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)[0].sigmoid()
+            logits = resize_maps(logits, (logits.shape[1] * self.upsample, logits.shape[2] * self.upsample))
+        height, width = self.input_size or logits.shape[1:]
+        soft = resize_maps(logits[:, :height, :width], size, self.align_corners).sigmoid()
         return soft * inside(windows, size)
 
     def logits(self) -> Tensor:

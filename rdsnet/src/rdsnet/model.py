@@ -19,10 +19,10 @@ from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
 from onestage.nn.retinanet import STRIDES, RetinaNetHead
 from onestage.nn.towers import conv_at, conv_tower, conv_unit, flatten_levels, init_normal
-from onestage.structures import Detections, Target, training_targets
+from onestage.structures import FORM_OF, Detections, MaskForm, Target, training_targets
 from onestage.transforms import Batch, prepare_batch
 from rdsnet.config import RDSNetConfig
-from rdsnet.decode import MASKS_OF, MaskForm, decode
+from rdsnet.decode import decode
 from rdsnet.losses import compute_losses
 from rdsnet.refine import MBRM
 from rdsnet.targets import assign_targets
@@ -74,14 +74,13 @@ class RDSNet(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self._detect(images, FORM_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
         batch = self.training_batch(images, targets)
         raw = self.raw_outputs(batch.pixels)
         assigned = assign_targets(batch.targets or [], batch.frames, raw, self.config)
         return compute_losses(raw, assigned, partial(self.vectors_at, raw), self.config)
 
-    @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
         """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
         return self._detect(images, "binary" if masks else "none")
@@ -120,6 +119,7 @@ class RDSNet(nn.Module):
         assert self.object_vectors is not None, "a model without masks has no object vectors"
         return self.object_vectors.at([feature[image] for feature in raw.object_features], index)
 
+    @torch.no_grad()
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onestage import boxes as box_ops
 from onestage.nn import retinanet
@@ -22,11 +21,11 @@ from onestage.nn.nms import Kept, fast_nms, settled
 from onestage.nn.protonet import ProtoNet, init_xavier
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import conv_at, conv_tower, flatten_levels
-from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
-from onestage.structures import Detections, ImageFrame, Target, training_targets
+from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window, resize_maps
+from onestage.structures import FORM_OF, Detections, ImageFrame, MaskForm, Target, training_targets
 from onestage.transforms import prepare_batch
 from rdsnet.config import RDSNetConfig
-from rdsnet.decode import MASKS_OF, Correlation, MaskForm, complete, contrast
+from rdsnet.decode import Correlation, complete, contrast
 from rdsnet.small_losses import VARIANCES, compute_losses
 
 RATIOS = (1.0, 0.5, 2.0)  # width / height
@@ -71,14 +70,13 @@ class RDSNetSmall(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self._detect(images, FORM_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
         truth = training_targets(targets, images, self.config.num_classes, crowds=True)
         batch = prepare_batch(images, truth, self.config.input, training=True)
         raw = self.raw_outputs(batch.pixels)
         return compute_losses(raw, batch.targets or [], partial(self.vectors_at, raw), self.config)
 
-    @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
         """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
         return self._detect(images, "binary" if masks else "none")
@@ -110,6 +108,7 @@ class RDSNetSmall(nn.Module):
             return raw.vectors[image, index]
         return self.head.vectors_at([feature[image] for feature in raw.features], index)
 
+    @torch.no_grad()
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
@@ -201,7 +200,7 @@ def decode(
         else:
             soft = assemble_soft(*combined)
             if masks == "soft":
-                soft = F.interpolate(soft[None], size=frame.image_size, mode="bilinear", align_corners=False)[0]
+                soft = resize_maps(soft, frame.image_size)
             found = replace(found, soft_masks=soft)
         return found, kept.count
 

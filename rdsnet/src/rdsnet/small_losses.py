@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from onestage import boxes as box_ops
 from onestage.nn.retinanet import IGNORED, NEGATIVE, encode
-from onestage.ops.assemble import crop_window
+from onestage.ops.assemble import crop_window, resize_maps
 from onestage.structures import Target
 from rdsnet.config import RDSNetConfig
 from rdsnet.decode import contrast, inside
@@ -185,10 +185,7 @@ def semantic_loss(raw: SmallOutput, targets: list[Target]) -> Tensor:
 
 def on_grid(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks [G, H, W] on a grid of (height, width): bilinear, above one half. [G, height, width] uint8."""
-    if len(masks) == 0:
-        return masks.new_zeros(0, *size)
-    resized = F.interpolate(masks[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-    return (resized > 0.5).to(torch.uint8)
+    return (resize_maps(masks.float(), size) > 0.5).to(torch.uint8)
 
 
 def _drawn(anchors: Tensor, config: RDSNetConfig) -> Tensor:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from onestage import boxes as box_ops
 from onestage.nn import fcos
 from onestage.nn.nms import Kept, class_wise_nms, settled
-from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
-from onestage.structures import Detections, ImageFrame
+from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window, resize_maps
+from onestage.structures import Detections, ImageFrame, MaskForm
 from sais.config import SAISConfig
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from sais.model import RawOutput
 
 PROTOTYPE_STRIDE = 4  # input pixels per prototype cell
-MaskForm = Literal["binary", "soft", "lowres", "none"]
 
 
 def decode(
@@ -119,7 +117,7 @@ def soft_masks(
     low = low_resolution_masks(prototypes, coefficients, boxes, frame, config)
     height, width = frame.image_size
     size = _resized_size(frame, config)
-    return F.interpolate(low[None], size=size, mode="bilinear", align_corners=False)[0, :, :height, :width]
+    return resize_maps(low, size)[:, :height, :width]
 
 
 def low_resolution_masks(

@@ -19,14 +19,12 @@ from onestage.nn.fpn import FPN
 from onestage.nn.protonet import ProtoNet
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import Scale, conv_at, conv_tower, flatten_levels, init_normal, prior_bias
-from onestage.structures import Detections, Target, training_targets
+from onestage.structures import FORM_OF, Detections, MaskForm, Target, training_targets
 from onestage.transforms import prepare_batch
 from sais.config import SAISConfig
-from sais.decode import MaskForm, decode
+from sais.decode import decode
 from sais.losses import compute_losses
 from sais.targets import assign_targets
-
-MASKS_OF: dict[str, MaskForm] = {"prob": "soft", "lowres": "lowres", "none": "none"}  # of public `mask_output`
 
 
 class RawOutput(NamedTuple):
@@ -70,7 +68,7 @@ class SAIS(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self.detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self._detect(images, FORM_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True)
@@ -90,18 +88,15 @@ class SAIS(nn.Module):
         raw = self.raw_outputs(pixels)
         return raw._replace(coefficients=self.head.dense_coefficients(raw.features), features=[])
 
-    @torch.no_grad()
-    def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
-        """Detections with `Masks` in box windows; never a dense mask unless its form is asked for. Call in eval mode.
+    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
+        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
+        return self._detect(images, "binary" if masks else "none")
 
-        Args:
-            images: As for the model.
-            masks: False leaves them out; a name is one of `decode`'s forms.
-        """
+    @torch.no_grad()
+    def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
-        form: MaskForm = masks if isinstance(masks, str) else "binary" if masks else "none"
-        return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, form)
+        return decode(raw, batch.frames, partial(self.head.coefficients_at, raw), self.config, masks)
 
 
 class SAISHead(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +16,13 @@ from torch.nn import functional as F
 from onestage import boxes as box_ops
 from onestage.nn import fcos
 from onestage.nn.nms import TIES, Kept, class_wise_nms, fast_nms, pair_nms, settled
-from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
-from onestage.structures import Detections, ImageFrame
+from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window, resize_maps
+from onestage.structures import Detections, ImageFrame, MaskForm
 from sipmask.config import SipMaskConfig
 
 if TYPE_CHECKING:
     from onestage.masks import Masks
     from sipmask.model import RawOutput, SipMaskHead
-
-MaskForm = Literal["binary", "soft", "lowres", "none"]
 
 
 @dataclass(frozen=True)
@@ -168,9 +166,8 @@ def soft_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageF
     """The probabilities that `assemble` thresholds, dense: [N, height, width] of the image, float32."""
     low = low_resolution_masks(basis, coefficients, boxes, config)
     size = _resized_size((low.shape[1], low.shape[2]), frame, config)
-    soft = F.interpolate(low[None], size=size, mode="bilinear", align_corners=False)[0]
     height, width = frame.image_size
-    soft = soft[:, :height, :width]
+    soft = resize_maps(low, size)[:, :height, :width]
     return F.pad(soft, (0, width - soft.shape[2], 0, height - soft.shape[1]))
 
 

@@ -21,19 +21,17 @@ from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import Scale, conv_at, conv_tower, group_norm, init_normal, prior_bias
 from onestage.ops.deform import deform_conv2d
-from onestage.structures import Detections, Target, training_targets
+from onestage.structures import FORM_OF, Detections, MaskForm, Target, training_targets
 from onestage.transforms import prepare_batch
 from sipmask.association import Tracker
 from sipmask.config import SipMaskConfig
-from sipmask.decode import MaskForm, decode
+from sipmask.decode import decode
 from sipmask.losses import compute_losses
 from sipmask.scoring import MaskScoring
 from sipmask.targets import assign_targets
 from sipmask.tracking import TrackingBranch
 
 DEFORM_GROUPS = 4
-# Public `mask_output` to the forms of `decode`; the rest are made from binary masks.
-MASKS_OF: dict[str, MaskForm] = {"prob": "soft", "lowres": "lowres", "none": "none"}
 
 
 class RawOutput(NamedTuple):
@@ -86,10 +84,8 @@ class SipMask(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self._detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self._detect(images, FORM_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
-        if targets is None:
-            raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True, legacy_boxes=True)
         if self.config.is_video and batch.references is None:
@@ -100,7 +96,6 @@ class SipMask(nn.Module):
         raw = self.raw_outputs(batch.pixels, batch.references)
         return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.config, self.head)
 
-    @torch.no_grad()
     def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
         """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
         return self._detect(images, "binary" if masks else "none")
@@ -148,6 +143,7 @@ class SipMask(nn.Module):
         levels: list[Tensor] = self.fpn(features)
         return levels
 
+    @torch.no_grad()
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)

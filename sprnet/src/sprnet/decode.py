@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,15 +13,13 @@ from onestage.nn.fcos import top_pairs_per_level
 from onestage.nn.nms import Kept, pair_nms, settled
 from onestage.ops.nms import top_by_score
 from onestage.ops.paste import with_masks
-from onestage.structures import Detections, ImageFrame
+from onestage.structures import Detections, ImageFrame, MaskForm
 from sprnet import coder
 from sprnet.config import SPRNetConfig
 from sprnet.targets import ANCHORS_PER_PIXEL
 
 if TYPE_CHECKING:
     from sprnet.model import RawOutput
-
-MaskForm = Literal["binary", "soft", "lowres", "none"]
 
 
 def decode(

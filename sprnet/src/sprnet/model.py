@@ -19,15 +19,13 @@ from onestage.nn.fpn import FPN
 from onestage.nn.resnet import build_backbone
 from onestage.nn.towers import conv_at, conv_tower, flatten_levels, init_normal
 from onestage.ops import host
-from onestage.structures import Detections, Target, training_targets
+from onestage.structures import FORM_OF, Detections, MaskForm, Target, training_targets
 from onestage.transforms import prepare_batch
 from sprnet.config import SPRNetConfig
-from sprnet.decode import MaskForm, decode
+from sprnet.decode import decode
 from sprnet.gate import GatedMerge
 from sprnet.losses import compute_losses
 from sprnet.targets import MASK_SIZE, assign_targets
-
-MASKS_OF: dict[str, MaskForm] = {"prob": "soft", "lowres": "lowres", "none": "none"}  # of public `mask_output`
 
 # Side, dilation and width (1: the pyramid's) of the parallel convs of each fusion.
 BRANCHES = {
@@ -81,7 +79,7 @@ class SPRNet(nn.Module):
         self, images: list[Tensor], targets: list[Target] | list[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Any]]:
         if not self.training:
-            found = self.detect(images, MASKS_OF.get(self.mask_output, "binary"))
+            found = self._detect(images, FORM_OF.get(self.mask_output, "binary"))
             return [detections.as_dict(self.mask_output) for detections in found]
         truth = training_targets(targets, images, self.config.num_classes)
         batch = prepare_batch(images, truth, self.config.input, training=True)
@@ -105,21 +103,18 @@ class SPRNet(nn.Module):
         vectors = None if self.mask_head is None else self.mask_head.dense_vectors(raw.levels)
         return raw._replace(vectors=vectors, levels=[])
 
-    @torch.no_grad()
-    def detect(self, images: list[Tensor], masks: bool | MaskForm = True) -> list[Detections]:
-        """Detections with `Masks` in box windows; never a dense mask unless its form is asked for. Call in eval mode.
+    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
+        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
+        return self._detect(images, "binary" if masks else "none")
 
-        Args:
-            images: As for the model.
-            masks: False leaves them out; a name is one of `decode`'s forms.
-        """
-        form: MaskForm = masks if isinstance(masks, str) else "binary" if masks else "none"
+    @torch.no_grad()
+    def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
         batch = prepare_batch(images, None, self.config.input, training=False)
         raw = self.raw_outputs(batch.pixels)
         masks_at = None
         if self.mask_head is not None:
             masks_at = partial(self.mask_head.masks_at, raw.levels, dense=raw.vectors)
-        return decode(raw, batch.frames, masks_at, self.config, form)
+        return decode(raw, batch.frames, masks_at, self.config, masks)
 
 
 class MaskHead(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from onestage.masks import Masks
 from onestage.ops.dispatch import wants_triton
@@ -297,6 +298,12 @@ def assemble_soft_torch(
     for values, out, (x0, y0, x1, y1) in zip(maps, soft, windows.tolist(), strict=True):
         out[y0:y1, x0:x1] = values.sigmoid_()
     return soft
+
+
+def resize_maps(maps: Tensor, size: Size, align_corners: bool = False) -> Tensor:
+    """Dense maps [N, h, w] at another resolution, bilinear: [N, height, width], also of no map at all."""
+    # One map an image: a batch may be empty, channels may not.
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 @dataclass(frozen=True)
