@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from onestage.data.ytvis import FramePairs
-from onestage.engine.checkpoint import load_weights
+from onestage.engine.checkpoint import load_weights, save_weights
 from onestage.errors import DatasetError
 from onestage.tables import reproduce
 from onestage.tables.plan import Job, Settings, data_of, entry_of
@@ -100,6 +100,9 @@ def test_real_data_and_their_weights_again(rows, coco, tmp_path):
     assert record["departures"] == list(settings.departures)
     assert record["data"]["train_images"] == 8
     assert record["ours"]["fps"] == pytest.approx(1000 / record["ours"]["ms"])
+    found = json.loads((tmp_path / "a" / "results" / f"{record['key'][:12]}.json").read_text())
+    assert {entry["image_id"] for entry in found} <= set(open_data(job.entries()[0], settings)[1].image_ids)
+    assert all("segmentation" in entry for entry in found)
 
     weights = next((tmp_path / "a" / "trainings").glob("*/best.safetensors"))
     given = Settings(profile="full", data=str(coco), weights=str(weights), size=32, device="cpu")
@@ -108,6 +111,13 @@ def test_real_data_and_their_weights_again(rows, coco, tmp_path):
     (again,) = read_records(tmp_path / "b" / "records")
     assert again["training"]["weights_sha256"] == record["training"]["weights_sha256"]
     assert again["ours"]["segm/AP"] == record["ours"]["segm/AP"]
+
+    state, info = load_weights(weights)  # with the same configuration and commit, other weights are another record
+    save_weights(tmp_path / "other.safetensors", {name: value + 1 for name, value in state.items()}, info)
+    other = replace(given, weights=str(tmp_path / "other.safetensors"))
+    (job,), _ = plan_jobs(rows("1x1"), other, [0], tmp_path / "b")
+    work(job)
+    assert len(read_records(tmp_path / "b" / "records")) == 2
 
 
 def test_rows_on_videos_train_on_pairs_of_frames_of_generated_clips(toy, small):

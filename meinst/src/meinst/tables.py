@@ -116,7 +116,13 @@ TABLE1 = Table(
         *_ladder("bbox/AP", "FCOS X101", "FCOS R101", "FCOS R50", text="deeper networks do better (Sec. 3.3)"),
         *_ladder("segm/AP", "FCOS X101", "FCOS R101", "FCOS R50", text="better boxes, better masks (Sec. 3.3)"),
         *_ladder("segm/AP", "Mask R-CNN X101", "Mask R-CNN R101", "Mask R-CNN R50"),
-        *_ladder("bbox/AP", "FCOS R50", "Mask R-CNN R50"),
+        *(
+            claim
+            for trunk in ("R50", "R101", "X101")
+            for claim in _ladder(
+                "bbox/AP", f"FCOS {trunk}", f"Mask R-CNN {trunk}", text="better boxes among all backbones (Sec. 3.3)"
+            )
+        ),
         *_ladder("bbox/AP50", "Mask R-CNN R50", "FCOS R50", text="more false positives (Sec. 3.3)"),
         *_ladder("segm/AP", "Mask R-CNN R50", "FCOS R50", text="better boxes, yet not better masks (Sec. 3.3)"),
     ),

@@ -149,7 +149,11 @@ TABLE2 = Table(
             config=RETINANET_R101_600,
             hardware=V100,
             small=AT_96,
-            notes=(_WITHOUT_GN, "The long side and the schedule of the 600 rows are not said; ours: 1000, 12 epochs."),
+            notes=(
+                _WITHOUT_GN,
+                "The long side and the schedule of the 600 rows are not said; ours: 1000, 12 epochs.",
+                "The row looks copied from RetinaNet's paper.",
+            ),
         ),
         Row(
             name="600 + mask",

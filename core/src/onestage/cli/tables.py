@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from tyro.conf import Positional
 
+from onestage.cli.app import guard
 from onestage.cli.flags import Switch, Talk, parse_flags
-from onestage.errors import DatasetError, UsageError, UserError
+from onestage.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
     from onestage.method import Method
@@ -68,12 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program's name; None takes the process's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        flags = parse_flags(Tables, words, PROGRAM)
-        return _run(flags, words)
-    except UserError as error:
-        print(f"error: {error.what}\n  fix: {error.fix}", file=sys.stderr)
-        return error.exit_code
+    return guard(words, lambda: _run(parse_flags(Tables, words, PROGRAM), words))
 
 
 def _run(flags: Tables, words: list[str]) -> int:

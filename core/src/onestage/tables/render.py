@@ -18,7 +18,7 @@ import torch
 from onestage.draw import Line, chart, template
 from onestage.engine.checkpoint import write_atomically
 from onestage.method import Method
-from onestage.tables.plan import GENERATED, Settings, entry_of, weights_of
+from onestage.tables.plan import GENERATED, Settings, config_of, entry_of, weights_of
 from onestage.tables.record import file_stem
 from onestage.tables.spec import Claim, Row, Table
 
@@ -221,12 +221,15 @@ def markdown(values: Mapping[str, Any]) -> str:
                 f"{cell['paper']} / {cell['ours']}{cell['spread']}" + (f" {mark}" if cell["measured"] and mark else "")
                 for cell in row["cells"]
             ]
-            lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {row['state']} |")
+            about = "; ".join(filter(None, [row["state"], row["facts"], *row["notes"]]))
+            lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {about} |")
         for claim in table["claims"]:
             lines.append("") if claim is table["claims"][0] else None
             lines.append(
                 f"- **{claim['verdict']}**: {claim['higher']} over {claim['lower']} in {claim['column']}:"
-                f" paper {claim['paper']}, ours {claim['ours']}" + (f" ({claim['note']})" if claim["note"] else "")
+                f" paper {claim['paper']}, ours {claim['ours']}"
+                + (f" ({claim['note']})" if claim["note"] else "")
+                + (f"; the paper: {claim['text']}" if claim["text"] else "")
             )
         lines += ["", *(f"- Note: {note}" for note in table["notes"]), ""]
         if table["provenance"]:
@@ -290,7 +293,7 @@ def _row_view(method: Method, table: Table, row: Row, result: Result, settings: 
             if printed is not None and settings.profile == "full":
                 cell["difference"] = _signed(mean - printed, column)
         cells.append(cell)
-    facts = [row.schedule, row.hardware, row.split and f"on {row.split}"]
+    facts = [row.schedule, row.hardware, row.split and f"on {row.split}", _stand_in(method, row, settings)]
     return {
         "name": row.name,
         "facts": "; ".join(filter(None, facts)),
@@ -300,6 +303,14 @@ def _row_view(method: Method, table: Table, row: Row, result: Result, settings: 
         "notes": row.notes,
         "seeds": len(result.records),
     }
+
+
+def _stand_in(method: Method, row: Row, settings: Settings) -> str:
+    """Which trunk, and which size of the image, stand for the row's in the small profile."""
+    if settings.profile == "full" or row.config is None or row.measure is not None:
+        return ""
+    config = config_of(method, row, settings)
+    return f"here: {config.backbone.name}, {min(config.input.test_size)} px"
 
 
 def _claim_view(judgement: Judgement, table: Table) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from onestage.config import with_field
+
 # Columns that every evaluation fills: fractions inside the program, percent in print.
 KINDS = {"bbox": "box", "segm": "mask", "vis": "video"}
 # Columns that are measured beside it.
@@ -199,12 +201,6 @@ def small_config(row: Row, base: Any, demo: Any) -> Any:
     for name, value in row.small.items():
         config = with_field(config, name, value)
     return config
-
-
-def with_field(config: Any, dotted: str, value: Any) -> Any:
-    """`config` with one field, named as in `inference.max_detections`, replaced."""
-    name, _, rest = dotted.partition(".")
-    return replace(config, **{name: with_field(getattr(config, name), rest, value) if rest else value})
 
 
 def _carried(config: Any, base: Any, demo: Any, left_out: set[str]) -> Any:

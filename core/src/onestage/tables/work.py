@@ -31,6 +31,7 @@ from onestage.draw import Instances, draw
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, write_atomically
 from onestage.engine.evaluate import evaluate, evaluate_videos
+from onestage.engine.guard import autocast
 from onestage.engine.train import Interrupted, TrainOptions, train
 from onestage.errors import UserError
 from onestage.tables.plan import Entry, Job, Settings, data_of, splits_of, weights_of
@@ -105,8 +106,9 @@ def work(job: Job) -> None:
             "pictures": pictures,
             "time": {"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
         }
-        name = f"{job.settings.profile}-{entry.method.name}-{entry.table.session}-{entry.row.name}-seed{job.seed}"
-        write_record(output / "records", name, asdict(config), body, job.command)
+        # The key too: other data or weights with the same configuration are another record.
+        row = f"{job.settings.profile}-{entry.method.name}-{entry.table.session}-{entry.row.name}"
+        write_record(output / "records", f"{row}-seed{job.seed}-{entry.key[:8]}", asdict(config), body, job.command)
 
 
 def open_data(entry: Entry, settings: Settings) -> tuple[Any, Any]:
@@ -222,26 +224,28 @@ def evaluated(
     }
     if entry.method.is_video(config):
         masks = True
-        metrics, _ = evaluate_videos(model, val_set, **options)
+        metrics, results = evaluate_videos(model, val_set, **options)
         metrics = {name.replace("segm/", "vis/"): value for name, value in metrics.items()}
     else:
         with torch.no_grad():
             masks = model.detect([val_set[0][0].to(device)])[0].masks is not None
-        metrics, _ = evaluate(model, val_set, iou_types=("bbox", "segm") if masks else ("bbox",), **options)
+        metrics, results = evaluate(model, val_set, iou_types=("bbox", "segm") if masks else ("bbox",), **options)
     if settings.profile == "full":
+        if distributed.rank_zero():  # as evaluation servers take them, whose annotations nobody else has
+            write_atomically(Path(job.output) / "results" / f"{entry.key[:12]}.json", json.dumps(results).encode())
         if "seconds" in trained.about:
             metrics["hours"] = trained.about["seconds"] / 3600
         if "peak_memory" in trained.about:
             metrics["memory"] = trained.about["peak_memory"] / 1e9
         if job.alone and settings.processes == 1:
-            metrics |= speed(model, val_set, device)
+            metrics |= speed(model, val_set, device, settings.precision)
     if not (masks and distributed.rank_zero()):
         return metrics, {}
     return metrics, write_pictures(model, entry, val_set, Path(job.output) / "pictures")
 
 
 @torch.no_grad()
-def speed(model: Any, dataset: Any, device: torch.device) -> dict[str, float]:
+def speed(model: Any, dataset: Any, device: torch.device, precision: str) -> dict[str, float]:
     """Median latency of an image, from pixels to masks in its own size; batch 1, reading the file not counted.
 
     Of videos, of a frame of the first one, with the tracker's part.
@@ -254,7 +258,8 @@ def speed(model: Any, dataset: Any, device: torch.device) -> dict[str, float]:
         image = (dataset.frame(0, index) if videos else dataset[index][0]).to(device)
         _wait(device)
         begin = time.perf_counter()
-        (found,) = model.detect([image])
+        with autocast(device, precision):
+            (found,) = model.detect([image])
         if tracker is not None:
             tracker.update(found)
         _wait(device)
