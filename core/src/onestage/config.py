@@ -50,7 +50,8 @@ class InputConfig:
     channel_order: Literal["rgb", "bgr"] = "rgb"
     mean: tuple[float, float, float] = IMAGENET_MEAN  # in channel order, 0..255
     std: tuple[float, float, float] = IMAGENET_STD
-    augmentation: Literal["none", "flip", "ssd"] = "flip"  # training only; ssd: photometric, expand, IoU crop, flip
+    # Training only. ssd: photometric, expand, IoU crop, flip; yolact: the same, its crop held to no IoU.
+    augmentation: Literal["none", "flip", "ssd", "yolact"] = "flip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,12 @@ def for_trunk(config: Config, weights_backbone: str | None) -> Config:
         return config
     colours = replace(values.input, channel_order="rgb", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return replace(values, backbone=replace(values.backbone, stride_in_1x1=False), input=colours)
+
+
+def with_field(config: Any, dotted: str, value: Any) -> Any:
+    """`config` with one field, named as in `inference.max_detections`, replaced."""
+    name, _, rest = dotted.partition(".")
+    return replace(config, **{name: with_field(getattr(config, name), rest, value) if rest else value})
 
 
 def config_from_dict(config_type: type[Config], values: Mapping[str, Any], where: str = "config") -> Config:
