@@ -244,6 +244,28 @@ def test_reinit_starts_the_class_layer_anew_and_keeps_the_rest(num_classes):
     assert torch.equal(model.backbone[0].weight, source.backbone[0].weight)
 
 
+class Fitted(Detector):
+    """With a table that was fitted to data and a norm that learns; its classes are as many as the table has rows."""
+
+    def __init__(self, rows=2, num_classes=2):
+        super().__init__(num_classes)
+        self.norm = nn.BatchNorm1d(num_classes)
+        self.codec = nn.Module()
+        self.codec.register_buffer("table", torch.randn(rows, 3))
+
+
+def test_what_was_fitted_never_starts_anew():
+    source, model = Fitted(), Fitted()
+    source.norm.running_mean += 1
+    restarted = load_into(model, source.state_dict(), INFO, head="reinit", categories=[(1, "bird"), (2, "dog")])
+    norm = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    assert restarted == ["classify.weight", "classify.bias", *norm]
+    assert torch.equal(model.codec.table, source.codec.table)
+    assert not model.norm.running_mean.any()
+    with pytest.raises(WeightsError, match=r"cannot start anew: codec\.table"):
+        load_into(Fitted(rows=3), source.state_dict(), INFO, head="reinit", categories=[(1, "bird"), (2, "dog")])
+
+
 def test_same_number_of_other_categories_is_noticed():
     with pytest.raises(WeightsError, match="cat / bird"):
         load_into(Detector(), Detector().state_dict(), INFO, categories=[(1, "bird"), (2, "d'og")], dataset="my")

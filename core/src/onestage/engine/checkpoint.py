@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from onestage.errors import MachineError, WeightsError, some
 
-FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-1"}
+FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-2"}
 METADATA_KEY = "onestage"
 SUM_KEY = "onestage-crc32"
 
@@ -163,7 +163,8 @@ def load_into(
         model: Built and initialised for the data set's number of classes.
         state: Tensors of the weights.
         info: Their info.
-        head: "match" wants the same categories; "reinit" lets the layers that depend on the categories start anew.
+        head: "match" wants the same categories; "reinit" lets the layers that depend on the categories start anew. What
+            a module without parameters holds was fitted to data and would not be learned again: it never does.
         categories: (id, name) of the data set the model is for; None: whatever the weights know.
         dataset: Its name in error texts.
 
@@ -199,11 +200,18 @@ def load_into(
             f"weights have another backbone: {some(misfits)} differ in shape",
             f"use the variant they were made with ({info.variant or 'see their info'})",
         )
+    fitted = [name for name in restarted if not _learns(model, name)]
+    if fitted:
+        raise WeightsError(
+            f"weights have another shape of what was fitted and cannot start anew: {some(fitted)}",
+            "keep the settings they were made with, or train from a trunk alone (--weights-backbone)",
+        )
     if renamed and not restarted:  # as many categories, but others: shapes do not tell which layers know them
         restarted = [
             name
             for name, tensor in own.items()
             if not name.startswith("backbone.") and tensor.ndim > 0 and tensor.shape[0] == len(info.categories)
+            if _learns(model, name)
         ]
     model.load_state_dict({name: own[name] if name in restarted else state[name] for name in own}, strict=True)
     return restarted
@@ -291,6 +299,11 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _learns(model: nn.Module, name: str) -> bool:
+    """Whether the module that holds this tensor has parameters, as a norm with running statistics does."""
+    return any(True for _ in model.get_submodule(name.rpartition(".")[0]).parameters())
 
 
 def _sniff(path: Path, package: str | None) -> Literal["safetensors", "torch", "pickle"]:
