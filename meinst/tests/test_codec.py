@@ -1,5 +1,7 @@
 import math
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 
 from meinst.codec import Encoding, MaskCodec, PixelCodec, mean_iou, noisy_logits, pixel_confusion
 from meinst.config import MEInstConfig
-from onestage.errors import WeightsError
+from onestage.errors import MachineError, WeightsError
 
 TINY = MEInstConfig(mask_size=2, code_length=2, num_classes=3)
 
@@ -98,7 +100,12 @@ def test_without_an_encoding_a_code_is_the_logits_of_the_pixels():
     codes = torch.tensor([[0.0, 10.0, -10.0, 0.0]])
     assert codec.logits(codes) is codes
     assert_close(codec.decode(codes), torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), atol=1e-4, rtol=0)
-    assert codec.encode(torch.ones(1, 2, 2)).tolist() == [[1.0] * 4]
+
+
+def test_codes_that_are_not_contiguous_are_decoded():
+    codes = torch.randn(4, 3)
+    for codec in (PixelCodec(TINY), MaskCodec(replace(TINY, code_length=4))):
+        assert_close(codec.decode(codes.T), codec.decode(codes.T.contiguous()))
 
 
 @pytest.mark.parametrize("name", ["encoding.npz", "encoding.safetensors"])
@@ -109,6 +116,33 @@ def test_files_come_back_as_they_were(tmp_path, name):
         assert_close(getattr(back, field), getattr(_encoding(), field))
     assert back.facts == ({} if name.endswith("npz") else {"noisy_logits": True, "masks": 7})
     assert back.source == str(tmp_path / name)
+
+
+def test_an_npz_holds_the_official_arrays_alone_for_any_numpy(tmp_path, monkeypatch):
+    """Older ones take every keyword for an array."""
+    save = np.savez
+    stored = []
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: stored.extend(arrays) or save(file, **arrays))
+    _encoding().write(tmp_path / "encoding.npz")
+    assert sorted(stored) == ["components_c", "explained_variance_c", "mean_c", "ratio_c"]
+
+
+@pytest.mark.parametrize("name", ["encoding.npz", "encoding.safetensors"])
+def test_an_older_file_stays_when_the_disk_is_full(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"old")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(MachineError, match="no space"):
+        _encoding().write(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_the_authors_name_of_a_file_says_whether_its_logits_were_noisy(tmp_path):
+    names = [f"coco_2017_train_class_agnosticTrue_whitenTrue_sigmoid{noisy}_2.npz" for noisy in (True, False)]
+    for name in names:
+        _encoding().write(tmp_path / name)
+    MaskCodec(TINY).load(Encoding.read(tmp_path / names[0]))
+    with pytest.raises(WeightsError, match="noisy_logits=False, the model has True"):
+        MaskCodec(TINY).load(Encoding.read(tmp_path / names[1]))
 
 
 def test_an_official_file_is_read_by_its_array_names(tmp_path):

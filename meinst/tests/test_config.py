@@ -1,11 +1,12 @@
 import inspect
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
 from meinst.config import IMPLICIT, NO_ENCODING, R50, R50_DCN, R50_DCN_3X, R50_LK, VARIANTS, X101, MEInstConfig
 from onestage.config import config_from_dict
+from onestage.errors import UsageError
 
 
 def test_the_plain_model_of_the_paper_is_the_default():
@@ -20,6 +21,12 @@ def test_ablations_differ_in_one_thing():
     assert R50_LK.large_kernel == 9
     assert IMPLICIT.loss_on_mask
     assert NO_ENCODING.num_codes == 784
+
+
+@pytest.mark.parametrize("side", [8, -9])
+def test_a_large_kernel_that_would_move_or_enlarge_the_map_is_refused(side):
+    with pytest.raises(UsageError, match=f"large_kernel is {side}"):
+        replace(R50, large_kernel=side)
 
 
 def test_long_training_is_multi_scale_with_the_usual_warm_up():

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,16 @@ def test_an_official_file_comes_in_whole(name):
 def test_something_else_is_refused():
     with pytest.raises(WeightsError, match="not an MEInst checkpoint"):
         config_of({"conv1.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("part", ["mask_encoding.", "MEInst_head.cls_logits.", "bottom_up.res2.0.conv2."])
+def test_a_file_without_a_part_says_which(part):
+    config = replace(R50, num_classes=4, width=32)
+    with torch.device("meta"):
+        state = {_official(key, config): value for key, value in MEInst(config).state_dict().items()}
+    state = {key: value for key, value in state.items() if part not in key}
+    with pytest.raises(WeightsError, match=rf"not an MEInst checkpoint: no \S*{re.escape(part)}"):
+        config_of(state)
 
 
 def test_another_code_length_is_refused():

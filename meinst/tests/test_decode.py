@@ -1,15 +1,16 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from torch.testing import assert_close
 
-from meinst.codec import PixelCodec
+from meinst.codec import MaskCodec, PixelCodec
 from meinst.config import MEInstConfig
 from meinst.decode import decode, select, to_image
 from meinst.model import RawOutput
 from onestage.nn import fcos
 from onestage.nn.nms import Kept
-from onestage.structures import ImageFrame
+from onestage.structures import FORM_OF, ImageFrame
 
 SIZES = [(4, 4), (2, 2), (1, 1), (1, 1), (1, 1)]
 CONFIG = MEInstConfig(num_classes=2, mask_size=2, encoding="none")
@@ -86,3 +87,22 @@ def test_an_image_with_nothing_in_it():
     found = decode(raw, [frame], lambda i, index: raw.codes[i, index], PixelCodec(CONFIG), CONFIG)[0]
     assert len(found) == len(found.masks) == 0
     assert found.masks.to_bool().shape == (0, 20, 30)
+
+
+SHAPES = {"prob": (0, 1, 20, 30), "lowres": (0, 1, 2, 2), "bool": (0, 20, 30)}
+
+
+@pytest.mark.parametrize("form", [*SHAPES, "rle", "none"])
+@pytest.mark.parametrize("encoding", ["none", "pca"])
+def test_an_image_with_nothing_in_it_has_every_form_of_masks(form, encoding):
+    frame = ImageFrame((20, 30), (32, 32), (32, 32), (1.6, 1.07))
+    config = replace(CONFIG, encoding=encoding, code_length=4)
+    raw, codec = _raw(), MaskCodec(config) if encoding == "pca" else PixelCodec(config)
+    masks = FORM_OF.get(form, "binary")
+    (found,) = decode(raw, [frame], lambda i, index: raw.codes[i, index], codec, config, masks)
+    result = found.as_dict(form)
+    assert result["boxes"].shape == (0, 4)
+    if form in SHAPES:
+        assert result["masks"].shape == SHAPES[form]
+    else:
+        assert result.get("masks") == ([] if form == "rle" else None)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from meinst.codec import Encoding
+from meinst.codec import Encoding, MaskCodec
 from meinst.config import DEMO, MEInstConfig
 from meinst.fit import annotation_masks, dataset_masks, fit, prepare_codec, reconstruct
 from meinst.fit_encoding import run
 from meinst.model import MEInst
+from onestage.data.coco import CocoDataset
 from onestage.data.synth import ShapesDataset
 from onestage.data.validate import read_annotations
 from onestage.errors import DatasetError, UsageError, WeightsError
@@ -66,9 +67,36 @@ def test_a_class_with_too_few_masks_takes_the_components_of_all():
     assert not torch.equal(specific.components[0], specific.components[2])
 
 
-def test_too_few_masks_for_the_code_are_refused():
-    with pytest.raises(DatasetError, match="5 masks are too few for codes of length 6"):
-        fit(_discs(5), [6], CONFIG)
+@pytest.mark.parametrize("count", [5, 6])  # six masks about their mean span five directions
+def test_too_few_masks_for_the_code_are_refused(count):
+    with pytest.raises(DatasetError, match=f"{count} masks are too few for codes of length 6"):
+        fit(_discs(count), [3, 6], CONFIG)
+
+
+def test_codes_of_other_masks_stay_small_after_a_fit_on_the_fewest():
+    encoding = fit(_discs(21), [20], CONFIG)[20]
+    codec = MaskCodec(replace(CONFIG, code_length=20))
+    codec.load(encoding)
+    ((others, _),) = _discs(50, seed=9)
+    assert codec.encode(others).abs().max() < 30
+
+
+def test_masks_that_are_all_alike_are_refused():
+    config = replace(CONFIG, noisy_logits=False)
+    full = torch.ones(100, 8, 8, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
+    with pytest.raises(DatasetError, match="100 masks are too alike for codes of length 2"):
+        fit(iter([full]), [2], config)
+    assert fit(iter([full]), [2], CONFIG)[2].variance.min() > 0.01  # noise is variance enough
+
+
+def test_a_class_of_as_many_masks_as_numbers_takes_the_components_of_all():
+    config = replace(CONFIG, class_agnostic=False)
+    ((masks, labels),) = _discs(100)
+    few = [torch.cat((masks[labels == 0], masks[labels == 1][:6])), torch.tensor([0] * 50 + [1] * 6)]
+    specific = fit(iter([few]), [6], config)[6]
+    agnostic = fit(iter([few]), [6], CONFIG)[6]
+    assert_close(specific.components[1], agnostic.components[0])
+    assert not torch.equal(specific.components[0], agnostic.components[0])
 
 
 @pytest.fixture
@@ -102,6 +130,41 @@ def test_annotations_become_masks_in_their_boxes_without_crowds(annotations):
     assert labels.tolist() == [0, 1] * 20 + [0]
     triangle = torch.ones(28, 28, dtype=torch.uint8).triu(1).flip(1)
     assert (masks[:40] == triangle).all()
+
+
+def _opened(path, folder, **options):
+    """The data set of an annotation file; its images are empty files, which nothing opens."""
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    content["images"] += [{"id": 8, "file_name": "b.jpg", "height": 20, "width": 100}]
+    square = {"bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]], "category_id": 2, "iscrowd": 0}
+    content["annotations"] += [square | {"id": 50 + i, "image_id": 8, "area": 81.0} for i in range(3)]
+    (folder / "two.json").write_text(json.dumps(content))
+    for image in content["images"]:
+        (folder / image["file_name"]).touch()
+    return CocoDataset(folder / "two.json", folder, **options)
+
+
+def test_only_a_data_sets_own_images_are_fitted(annotations, tmp_path):
+    dataset = _opened(annotations, tmp_path)
+
+    def count(part):
+        return sum(len(masks) for masks, _ in dataset_masks(part, 28))
+
+    assert count(dataset) == 41 + 3
+    assert count(dataset.subset([1])) == 3
+    assert count(dataset.subset([])) == 0
+    assert count(_opened(annotations, tmp_path, min_size=50)) == 41
+    (whole,) = annotation_masks(dataset.annotations, 28)
+    (ours,) = dataset_masks(dataset, 28)
+    assert torch.equal(ours[0], whole[0])
+
+
+def test_a_handful_of_training_masks_leaves_the_cosines_and_says_so(annotations, tmp_path, caplog):
+    model = MEInst(replace(DEMO, code_length=20))
+    before = model.codec.components.clone()
+    prepare_codec(model, _opened(annotations, tmp_path).subset([1]))
+    assert torch.equal(model.codec.components, before)
+    assert "3 masks are too few for codes of length 20; cosines take their place" in caplog.text
 
 
 def test_the_verb_writes_a_file_that_the_model_takes(annotations, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from meinst.builders import get_model
 from meinst.config import DEMO, R50
 from meinst.model import LargeKernelConv, MEInst
 from onestage.errors import UsageError
@@ -182,6 +183,12 @@ def test_the_detector_alone_has_no_mask_parameters_and_no_masks():
         assert model.detect(_images())[0].masks is None
 
 
+@pytest.mark.parametrize("name", ["no_encoding", "boxes_only"])
+def test_an_encoding_for_a_model_without_one_is_refused(name):
+    with pytest.raises(UsageError, match="for a model without an encoding"):
+        get_model(name, encoding="codes.npz", backbone=TINY.backbone, width=64, tower_depth=1)
+
+
 def test_a_deformable_layer_starts_with_drawn_offsets_and_a_wider_main_conv():
     model = _model(width=256, deformable="last")
     (layer,) = (part for part in model.head.cls_tower.modules() if isinstance(part, SelfOffsetConv2d))
@@ -189,6 +196,15 @@ def test_a_deformable_layer_starts_with_drawn_offsets_and_a_wider_main_conv():
     assert abs(layer.conv_offset.weight.std().item() - 0.01) < 1e-3
     assert abs(layer.weight.abs().max().item() - (6 / 2304) ** 0.5) < 1e-3
     assert abs(layer.weight.std().item() - 0.02946) < 1e-3
+
+
+def test_export_predicts_the_codes_of_a_large_kernel_once():
+    model, calls = _model(large_kernel=3).eval(), []
+    model.head.codes.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        raw = model.dense_outputs(torch.zeros(1, 3, 128, 128))
+    assert raw.codes.shape == (*raw.centerness.shape, 60)
+    assert len(calls) == 5  # levels
 
 
 def test_a_large_kernel_reaches_that_far_along_both_axes():

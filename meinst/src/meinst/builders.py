@@ -10,6 +10,7 @@ from meinst.config import R101_TRUNK, VARIANTS
 from meinst.method import METHOD
 from meinst.model import MEInst
 from onestage.builders import named_model
+from onestage.errors import UsageError
 
 
 def meinst_resnet50_fpn(
@@ -56,11 +57,13 @@ def get_model(name: str, *, encoding: str | Path | None = None, **arguments: Any
     """The model of one named configuration; arguments as `meinst_resnet50_fpn`.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or an encoding for a model that has none.
         WeightsError: weights or an encoding that do not fit.
     """
     model = named_model(METHOD, name, **arguments)
     assert isinstance(model, MEInst)
-    if encoding is not None and isinstance(model.codec, MaskCodec):
+    if encoding is not None:
+        if not isinstance(model.codec, MaskCodec):
+            raise UsageError(f"encoding '{encoding}' for a model without an encoding", "leave encoding away")
         model.codec.load(Encoding.read(encoding))
     return model

@@ -6,8 +6,10 @@ length is `code_length`; D = m * m.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ class MaskCodec(nn.Module):
         """Masks from codes: [N, m, m] float32 probabilities. Arguments as for `logits`."""
         values = self.logits(codes, labels)
         soft = values.sigmoid() if self.noisy_logits else values.clamp(NOISE_FLOOR, 1 - NOISE_FLOOR)
-        return soft.view(-1, self.mask_size, self.mask_size)
+        return soft.reshape(-1, self.mask_size, self.mask_size)
 
     def load(self, encoding: Encoding) -> None:
         """Takes the components of a fit; of a longer code the first ones.
@@ -117,20 +119,23 @@ class MaskCodec(nn.Module):
 
 
 class PixelCodec(nn.Module):
-    """No encoding: a code is the mask's logits, pixel by pixel (Table 3, last row)."""
+    """No encoding: a code is the mask's logits, pixel by pixel (Table 3, last row).
+
+    Args:
+        config: `mask_size` is read.
+    """
 
     def __init__(self, config: MEInstConfig):
         super().__init__()
         self.mask_size = config.mask_size
 
-    def encode(self, masks: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        return masks.flatten(1).float()
-
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The codes [N, D] themselves, as float32; `labels` are not read."""
         return codes.float()
 
     def decode(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        return codes.float().sigmoid().view(-1, self.mask_size, self.mask_size)
+        """Masks from codes [N, D]: [N, m, m] float32 probabilities; `labels` are not read."""
+        return codes.float().sigmoid().reshape(-1, self.mask_size, self.mask_size)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,9 @@ class Encoding:
         mean: [S, D] float32.
         variance: [S, length] float32, of the codes before whitening.
         ratio: [S, length] float32, share of the total variance.
-        facts: How it was made, for the file: `whiten`, `noisy_logits`, number of masks, reconstruction, ...
+        facts: How it was made, for the file: `noisy_logits`, `mask_size`, `class_agnostic`, number of `masks`; of
+            `fit_encoding` also the `annotations` and the `reconstruction_error`. Of an official .npz `noisy_logits`,
+            if its name says so. Whitening is no part of a fit.
         source: File it was read from, "" for a fresh one.
     """
 
@@ -181,18 +188,27 @@ class Encoding:
         return Encoding(components, mean, variance, ratio, facts, str(path))
 
     def write(self, path: str | Path) -> None:
-        """Writes .npz (official names, nothing else) or safetensors with the facts, by the name's ending."""
+        """Writes .npz (official names, nothing else) or safetensors with the facts, by the name's ending.
+
+        Raises:
+            MachineError: no space, or the file cannot be written; an older file of that name stays.
+        """
         path = Path(path)
-        arrays = dict(zip(ARRAYS, (self.components, self.mean, self.variance, self.ratio), strict=True))
+        values = (self.components, self.mean, self.variance, self.ratio)
+        arrays: dict[str, Any] = {name: array.contiguous() for name, array in zip(ARRAYS, values, strict=True)}
         if path.suffix == ".npz":
-            with path.open("wb") as file:
-                np.savez(file, allow_pickle=False, **{name: values.numpy() for name, values in arrays.items()})
+            file = io.BytesIO()
+            np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
+            write_atomically(path, file.getvalue())
         else:
-            whole = {name: values.contiguous() for name, values in arrays.items()}
-            write_atomically(path, safetensors.torch.save(whole, {"meinst_encoding": json.dumps(self.facts)}))
+            write_atomically(path, safetensors.torch.save(arrays, {"meinst_encoding": json.dumps(self.facts)}))
 
     def mismatch(self, codec: MaskCodec) -> str:
-        """What keeps `codec` from using this, "" if nothing does."""
+        """What keeps `codec` from using this, the rest of a sentence that begins with its file; "" if nothing does.
+
+        Args:
+            codec: Any; neither it nor this is changed.
+        """
         sets, length, pixels = self.components.shape
         wanted_sets = 1 if codec.class_agnostic else len(codec.mean)
         if pixels != codec.mask_size**2:
@@ -249,8 +265,10 @@ def _cosines(size: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    # The authors' names say how a file was fitted: coco_2017_train_class_agnosticTrue_whitenTrue_sigmoidTrue_60.npz
+    noisy = re.search(r"sigmoid(True|False)", path.name)
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in ARRAYS}, {}
+        return {name: file[name] for name in ARRAYS}, {"noisy_logits": noisy[1] == "True"} if noisy else {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from onestage.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, InputConfig, ScheduleConfig
+from onestage.errors import UsageError
 
 R50_TRUNK = BackboneConfig(stride_in_1x1=True)
 # MSRA's trunks want BGR of 0..255 without division, FAIR's ResNeXt divides.
@@ -62,7 +63,7 @@ class MEInstConfig:
     scales: bool = True  # one learnable factor per level on the box distances
     deformable: Literal["none", "last", "all"] = "none"  # convs of the towers, Sec. 3.3
     modulated: bool = False  # DCNv2 as the paper cites; False: v1 as released
-    large_kernel: int = 0  # side k of the mask prediction layer's k x 1 and 1 x k convs, Table 5; 0: a 3x3 conv
+    large_kernel: int = 0  # odd side k of the mask prediction layer's k x 1 and 1 x k convs, Table 5; 0: a 3x3 conv
     mask_branch: bool = True  # False: the detector alone, Table 6
     mask_size: int = 28  # sqrt(D), side of the mask that is encoded
     encoding: Literal["pca", "none"] = "pca"  # none: the network predicts mask_size^2 logits, Table 3
@@ -82,6 +83,10 @@ class MEInstConfig:
     input: InputConfig = BGR_INPUT
     inference: InferenceConfig = RELEASED_INFERENCE
     schedule: ScheduleConfig = SCHEDULE_1X
+
+    def __post_init__(self) -> None:
+        if self.large_kernel and (self.large_kernel < 0 or self.large_kernel % 2 == 0):
+            raise UsageError(f"large_kernel is {self.large_kernel}", "use an odd number, or 0 for a 3x3 conv")
 
     @property
     def num_codes(self) -> int:

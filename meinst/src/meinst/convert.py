@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEAD = "proposal_generator.MEInst_head."
+_COMPONENTS = "proposal_generator.mask_encoding.components"
+_WIDTH = "backbone.bottom_up.res2.0.conv2.weight"
 _TRUNK: KeyRules = (
     (r"backbone\.bottom_up\.stem\.conv1\.weight", r"backbone.conv1.weight"),
     (r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", r"backbone.bn1.\1"),
@@ -26,7 +28,6 @@ _TRUNK: KeyRules = (
         for theirs, ours in (
             (r"conv([123])\.weight", r"conv\2.weight"),
             (r"conv([123])\.norm\.(\w+)", r"bn\2.\3"),
-            (r"conv2_offset\.(weight|bias)", r"conv2.conv_offset.\2"),
             (r"shortcut\.weight", r"downsample.0.weight"),
             (r"shortcut\.norm\.(\w+)", r"downsample.1.\2"),
         )
@@ -116,17 +117,18 @@ def config_of(state: dict[str, Tensor]) -> MEInstConfig:
         WeightsError: not MEInst's layout.
     """
     state = plain(state)
-    if f"{_HEAD}cls_logits.weight" not in state:
+    missing = [key for key in (f"{_HEAD}cls_logits.weight", _COMPONENTS, _WIDTH) if key not in state]
+    if missing:
         raise WeightsError(
-            f"not an MEInst checkpoint: its first keys are {some(sorted(state), 3)}",
-            f"pass a file of the authors' models (keys {_HEAD}cls_logits.weight)",
+            f"not an MEInst checkpoint: no {missing[0]}; its first keys are {some(sorted(state), 3)}",
+            "pass a whole file of the authors' models, encoding included",
         )
-    components = state["proposal_generator.mask_encoding.components"]
+    components = state[_COMPONENTS]
     head = {key.removeprefix(_HEAD): value for key, value in state.items() if key.startswith(_HEAD)}
-    trunk = X101 if state["backbone.bottom_up.res2.0.conv2.weight"].shape[1] == 8 else R50
+    trunk = X101 if state[_WIDTH].shape[1] == 8 else R50
     config = replace(with_head(trunk, head), mask_size=round(components.shape[1] ** 0.5))
     blocks = [int(m[1]) for m in (re.match(r"backbone\.bottom_up\.res4\.(\d+)\.", key) for key in state) if m]
-    if max(blocks) == 22 and config.backbone.name == "resnet50":
+    if max(blocks, default=0) == 22 and config.backbone.name == "resnet50":
         config = replace(config, backbone=replace(config.backbone, name="resnet101"))
     return config
 

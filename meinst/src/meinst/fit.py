@@ -31,6 +31,7 @@ from onestage.structures import usable
 LOG = logging.getLogger("onestage")
 
 CHUNK = 1024  # masks
+FLATTEST = 1e-10  # of the first component's variance; what has less is rounding, in directions that no mask has
 DRAWN_IMAGES = 1000  # of a data set that makes its targets when asked; enough for the shapes it has
 
 Chunk = tuple[Tensor, Tensor]  # masks [n, m, m] uint8, labels [n] int64
@@ -45,13 +46,13 @@ def fit(
     Args:
         masks: The training masks.
         lengths: Code lengths N.
-        config: Mask size, noisy logits, one set of components or one per class. A class with fewer masks than N takes
-            the components of all classes.
+        config: Mask size, noisy logits, one set of components or one per class. A class whose masks do not determine
+            N components, because there are no more than N of them or they are too alike, takes those of all classes.
         batch: Masks that one step of the PCA takes.
         seed: Of the noise.
 
     Raises:
-        DatasetError: fewer masks than the longest code.
+        DatasetError: no more masks than the longest code has numbers, or too many of them alike.
     """
     generator = torch.Generator().manual_seed(seed)
     sets = [_Fit(lengths, batch) for _ in range(1 if config.class_agnostic else 1 + config.num_classes)]
@@ -65,10 +66,13 @@ def fit(
     for part in sets:
         part.finish()
     count = sets[0].count
-    if count < max(lengths):
-        raise DatasetError(
-            f"{count} masks are too few for codes of length {max(lengths)}", "use more masks or a shorter code"
-        )
+    for length in sorted(lengths, reverse=True):
+        if not _has_variance(sets[0].of(length)):
+            enough = "too alike" if count > length else "too few"
+            raise DatasetError(
+                f"{count} masks are {enough} for codes of length {length}",
+                "use more masks or shorter codes (fit_encoding: --length and --lengths)",
+            )
     facts = {
         "noisy_logits": config.noisy_logits,
         "mask_size": config.mask_size,
@@ -103,18 +107,23 @@ def reconstruct(
     return [mean_iou(confusion) for confusion in confusions]
 
 
-def annotation_masks(annotations: Annotations, size: int, limit: int | None = None) -> Iterator[Chunk]:
-    """The masks of all annotations that are no crowd, in the grids of their own boxes, in the file's image order.
+def annotation_masks(
+    annotations: Annotations, size: int, limit: int | None = None, among: np.ndarray | None = None
+) -> Iterator[Chunk]:
+    """The masks of annotations that are no crowd, in the grids of their own boxes.
 
     Args:
         annotations: Checked annotations.
         size: m.
         limit: Only so many.
+        among: [n] int64, positions in `annotations` of those to take, in this order; None: all, in the file's image
+            order.
     """
     masks, labels = [], []
     image_of = np.repeat(np.arange(len(annotations.image_ids)), np.diff(annotations.annotation_ends))
-    chosen = np.flatnonzero(~annotations.crowds & (annotations.boxes[:, 2:] > 1e-5).all(1))[:limit]
-    for i in chosen.tolist():
+    usable = ~annotations.crowds & (annotations.boxes[:, 2:] > 1e-5).all(1)
+    chosen = np.flatnonzero(usable) if among is None else among[usable[among]]
+    for i in chosen[:limit].tolist():
         x, y, width, height = annotations.boxes[i].tolist()
         box = np.array([x, y, x + width, y + height], dtype=np.float32)
         polygons = annotations.polygons(i)
@@ -133,9 +142,15 @@ def annotation_masks(annotations: Annotations, size: int, limit: int | None = No
 
 
 def dataset_masks(dataset: Any, size: int) -> Iterator[Chunk]:
-    """The masks of a data set's targets: of all annotations, or of the first images where targets are drawn."""
+    """The masks of a data set's own images, or of the first of them where targets are drawn when asked for.
+
+    Args:
+        dataset: A `CocoDataset`, whose images are not read, or any sequence of (image, target).
+        size: m.
+    """
     if isinstance(dataset, CocoDataset):
-        yield from annotation_masks(dataset.annotations, size)
+        among = [np.array(dataset.annotations_of(i), dtype=np.int64) for i in range(len(dataset))]
+        yield from annotation_masks(dataset.annotations, size, among=np.concatenate([np.zeros(0, np.int64), *among]))
         return
     for i in range(min(len(dataset), DRAWN_IMAGES)):
         target = usable(dataset[i][1])
@@ -144,7 +159,17 @@ def dataset_masks(dataset: Any, size: int) -> Iterator[Chunk]:
 
 
 def prepare_codec(model: nn.Module, train_set: Any) -> None:
-    """Gives a new model its encoding: the file that its config names, or a fit on its training masks."""
+    """Gives a new model its encoding: the file that its config names, or a fit on its training masks.
+
+    Where those cannot determine it (`--overfit`, a handful of images) the model keeps its cosines, and the log says so.
+
+    Args:
+        model: A `MEInst`; its `codec` is changed.
+        train_set: As for `dataset_masks`; not read where the config names a file.
+
+    Raises:
+        WeightsError: the file does not fit.
+    """
     assert isinstance(model, MEInst)
     if not isinstance(model.codec, MaskCodec):
         return
@@ -154,7 +179,11 @@ def prepare_codec(model: nn.Module, train_set: Any) -> None:
         LOG.info("encoding: %s", config.encoding_file)
         return
     masks = with_progress(dataset_masks(train_set, config.mask_size), "fit encoding", None, disable=None)
-    encoding = fit(masks, [config.code_length], config)[config.code_length]
+    try:
+        encoding = fit(masks, [config.code_length], config)[config.code_length]
+    except DatasetError as error:
+        LOG.warning("encoding: %s; cosines take their place, or give --model.encoding-file", error.what)
+        return
     model.codec.load(encoding)
     share = float(encoding.ratio[0].sum())
     LOG.info(
@@ -206,7 +235,7 @@ class _Fit:
 def _encoding(length: int, sets: Sequence[_Fit], facts: dict[str, Any]) -> Encoding:
     whole = sets[0].of(length)
     fitted = [part.of(length) for part in sets[1:]] or [whole]
-    fitted = [pca if pca.count else whole for pca in fitted]
+    fitted = [pca if _has_variance(pca) else whole for pca in fitted]
     return Encoding(
         _stacked([pca.components for pca in fitted]),
         _stacked([pca.mean for pca in fitted]),
@@ -214,6 +243,12 @@ def _encoding(length: int, sets: Sequence[_Fit], facts: dict[str, Any]) -> Encod
         _stacked([pca.ratio for pca in fitted]),
         facts,
     )
+
+
+def _has_variance(pca: IncrementalPCA) -> bool:
+    """Whether the samples vary along every component, so that codes can be whitened."""
+    variance = pca.explained_variance
+    return pca.count > pca.length and bool(variance[-1] > FLATTEST * variance[0])
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -91,6 +91,7 @@ def mask_loss(
     if config.loss_on_mask or config.encoding == "none":
         logits = codec.logits(codes, labels)
         return F.binary_cross_entropy_with_logits(logits, masks.flatten(1).float(), reduction="none").sum(1)
+    assert isinstance(codec, MaskCodec)
     wanted = codec.encode(masks, labels, noise)
     codes = codes.float()
     if config.mask_loss == "cosine":

@@ -13,36 +13,42 @@ if TYPE_CHECKING:
 
 
 def build(config: MEInstConfig) -> "MEInst":
+    """A model with drawn parameters and no fitted encoding."""
     from meinst.model import MEInst
 
     return MEInst(config)
 
 
 def convert(state: "dict[str, Tensor]", config: MEInstConfig) -> "tuple[dict[str, Tensor], list[str]]":
+    """`meinst.convert.convert_state_dict`."""
     from meinst.convert import convert_state_dict
 
     return convert_state_dict(state, config)
 
 
 def infer_config(state: "dict[str, Tensor]") -> MEInstConfig:
+    """`meinst.convert.config_of`."""
     from meinst.convert import config_of
 
     return config_of(state)
 
 
 def prepare(model: "nn.Module", train_set: Any) -> None:
+    """`meinst.fit.prepare_codec`."""
     from meinst.fit import prepare_codec
 
     prepare_codec(model, train_set)
 
 
 def fit_encoding(words: list[str]) -> int:
+    """The verb of that name with the words after it; returns the exit code."""
     from meinst.fit_encoding import run
 
     return run(words)
 
 
 def tables() -> "tuple[Table, ...]":
+    """The paper's tables (`meinst.tables`)."""
     from meinst.tables import TABLES
 
     return TABLES

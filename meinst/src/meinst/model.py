@@ -85,7 +85,13 @@ class MEInst(nn.Module):
         return compute_losses(raw, assign_targets(batch.targets or [], raw, self.config), self.codec, self.config)
 
     def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
-        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
+        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode.
+
+        Args:
+            images: B tensors [3, H, W] RGB, uint8 or float in 0..1.
+            masks: False leaves out decoding and pasting. The mask tower runs all the same; a model without it has
+                `mask_branch=False`.
+        """
         return self._detect(images, "binary" if masks else "none")
 
     def raw_outputs(self, pixels: Tensor) -> RawOutput:
@@ -96,7 +102,8 @@ class MEInst(nn.Module):
     def dense_outputs(self, pixels: Tensor) -> RawOutput:
         """`raw_outputs` with the codes of every location in place of what they are read from, for export."""
         raw = self.raw_outputs(pixels)
-        return raw._replace(codes=self.head.dense_codes(raw.mask_features), mask_features=[])
+        codes = self.head.dense_codes(raw.mask_features) if raw.codes is None else raw.codes
+        return raw._replace(codes=codes, mask_features=[])
 
     @torch.no_grad()
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
@@ -171,7 +178,13 @@ class MEInstHead(nn.Module):
 
 
 class LargeKernelConv(nn.Module):
-    """A k x k prediction layer as two pairs of k x 1 and 1 x k convs (GCN; Table 5, "LK")."""
+    """A k x k prediction layer as two pairs of k x 1 and 1 x k convs (GCN; Table 5, "LK").
+
+    Args:
+        in_channels: C of the feature map.
+        out_channels: Of the prediction, and between the convs of a pair.
+        kernel_size: k, odd.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -186,6 +199,7 @@ class LargeKernelConv(nn.Module):
         )
 
     def forward(self, feature: Tensor) -> Tensor:
+        """[B, out_channels, h, w] from a feature map [B, C, h, w]."""
         return self.left(feature) + self.right(feature)
 
 

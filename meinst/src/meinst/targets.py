@@ -60,6 +60,10 @@ def box_masks(target: Target, size: int) -> Tensor:
     """Masks of instances in the grids of their boxes: [G, size, size] uint8, on the target's device.
 
     From polygons where the target has them, as the released models were trained, else from its bitmaps.
+
+    Args:
+        target: G instances in any frame.
+        size: m.
     """
     polygons = target.polygons or (None,) * len(target)
     boxes = target.boxes.cpu().numpy()
