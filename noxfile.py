@@ -17,7 +17,7 @@ CORE = "core"
 PAPERS = sorted(path.parent.name for path in ROOT.glob("*/pyproject.toml") if path.parent.name != CORE)
 PACKAGES = [CORE, *PAPERS]
 # What a `reproduce-` session repeats.
-TABLES = ("table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "figure5", "all")
+TABLES = ("table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "figure4", "figure5", "all")
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"

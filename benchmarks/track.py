@@ -102,7 +102,7 @@ def speed(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]
         f"medians over {len(totals)} frames after {WARM_UP}, one at a time; wall time, and CPU time of all threads"
     )
     config = {"model": asdict(predictor.model.config), "frame": [HEIGHT, WIDTH], "frames": num_frames}
-    return config, {"protocol": protocol, "paper": {"frames_per_second": 30, "source": "Sec. 4.3"}, "results": results}
+    return config, {"protocol": protocol, "paper": {"frames_per_second": 30, "source": "Sec. 4.4"}, "results": results}
 
 
 def memory(num_frames: int, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
