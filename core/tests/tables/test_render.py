@@ -116,8 +116,8 @@ def test_page_shows_paper_beside_ours_and_labels_what_is_generated(toy, small, t
     page, text, counts = report(toy, small, tmp_path)
     assert "| 1x1 | 31.2 / 40.5 ± 0.71 generated | - / 40.5 ± 0.71 generated |" in text.replace("0.7 ", "0.71 ")
     assert "| Other | 28.0 / - | - / - | cited: another system |" in text
-    assert "| 2x2 strict | 30.0 / - | - / - | not run; here: resnet18, 32 px |" in text
-    assert "| here: resnet18, 32 px; a note |" in text  # of 2x2, which was run
+    assert "| 2x2 strict | 30.0 / - | - / - | not run. here: resnet18, 32 px |" in text
+    assert "| here: resnet18, 32 px. a note |" in text  # of 2x2, which was run
     assert "(2 seeds); the paper: a gain of 1.7 (Sec. 4)" in text
     assert page.count('<small class="mark">generated</small>') == 6  # 1x1, 2x2 and 2x2 large, which is the same run
     assert "generated shapes, not COCO" in page
@@ -149,7 +149,7 @@ def test_without_data_the_papers_rows_stand_alone(toy, tmp_path):
     page, counts = write_report(
         tables, [], Settings(profile="full"), [0], tmp_path, "x", missing={"coco": "needs COCO"}
     )
-    assert "| 2x2 | 32.9 / - | 40.0 / - | not run: needs COCO; a note |" in page.with_suffix(".md").read_text()
+    assert "| 2x2 | 32.9 / - | 40.0 / - | not run: needs COCO. a note |" in page.with_suffix(".md").read_text()
     assert counts["not run"] == 1
 
 

@@ -221,7 +221,7 @@ def markdown(values: Mapping[str, Any]) -> str:
                 f"{cell['paper']} / {cell['ours']}{cell['spread']}" + (f" {mark}" if cell["measured"] and mark else "")
                 for cell in row["cells"]
             ]
-            about = "; ".join(filter(None, [row["state"], row["facts"], *row["notes"]]))
+            about = ". ".join(text.rstrip(".") for text in (row["state"], row["facts"], *row["notes"]) if text)
             lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {about} |")
         for claim in table["claims"]:
             lines.append("") if claim is table["claims"][0] else None
