@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from onestage.nn import fcos
-from onestage.structures import ImageFrame
+from onestage.structures import FORM_OF, ImageFrame
 from onestage.testing import coco_like_boxes, dense_masks, dense_soft_masks
 from onestage.transforms import plan_resize
 from sais.config import DEMO, KEEP_RATIO, R50_768, SAISConfig
@@ -111,15 +111,21 @@ def test_coefficients_are_read_where_the_kept_boxes_are():
     assert asked == [(0, [_at(60, 60)] * 2)]
 
 
-def test_an_image_without_detections_has_no_masks():
-    (found,) = decode(_raw({}), [SQUARE], lambda image, index: torch.ones(len(index), 4), DEMO)
-    assert len(found) == len(found.masks) == 0
+@pytest.mark.parametrize(
+    ("mask_output", "shape"),
+    [("bool", (0, 60, 100)), ("prob", (0, 1, 60, 100)), ("lowres", (0, 1, 32, 32)), ("packed", (0,)), ("rle", None)],
+)
+def test_an_image_without_detections_has_no_masks_in_any_form(mask_output, shape):
+    frame = ImageFrame((60, 100), (77, 128), (128, 128), (1.28, 1.28))
+    (found,) = decode(_raw({}), [frame], lambda image, at: torch.ones(len(at), 4), DEMO, FORM_OF[mask_output])
+    masks = found.as_dict(mask_output)["masks"]
+    assert masks == [] if shape is None else masks.shape == shape
 
 
 def test_the_crop_keeps_one_cell_more_on_each_side():
     box = torch.tensor([[41.2, 0.0, 82.8, 127.0]])  # 10.3 to 20.7 cells
     prototypes, coefficients = torch.zeros(2, 32, 32), torch.zeros(1, 2)
-    soft = low_resolution_masks(prototypes, coefficients, box, SQUARE, DEMO)
+    soft = low_resolution_masks(prototypes, coefficients, box)
     columns = (soft[0] > 0).any(0).nonzero().flatten()
     assert columns.tolist() == list(range(10, 22))
     assert soft[0, 0, 10] == 0.5
@@ -132,8 +138,7 @@ def test_assembly_equals_three_loops():
     prototypes = torch.rand(3, 8, 10, generator=generator)
     coefficients = torch.rand(4, 3, generator=generator) * 2 - 1
     boxes = torch.tensor([[4.0, 4, 20, 20], [-3, 2, 50, 9], [13, 13, 14, 14], [30, 25, 39, 31]])
-    frame = ImageFrame((32, 40), (32, 40), (32, 40), (1.0, 1.0))
-    soft = low_resolution_masks(prototypes, coefficients, boxes, frame, DEMO)
+    soft = low_resolution_masks(prototypes, coefficients, boxes)
     for n, (x1, y1, x2, y2) in enumerate((boxes / 4).tolist()):
         for i in range(8):
             for j in range(10):

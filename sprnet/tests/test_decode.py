@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from onestage.nn import retinanet
 from onestage.ops.paste import cut_mask, paste_masks
-from onestage.structures import ImageFrame
+from onestage.structures import FORM_OF, ImageFrame
 from onestage.testing import dense_paste
 from sprnet.coder import encode
 from sprnet.config import R50_800, SPRNetConfig
@@ -120,7 +120,17 @@ def test_boxes_alone_without_a_mask_head_and_on_request():
         (found,) = decode(raw, [SQUARE], masks_at, CONFIG, form)
         assert found.masks is found.soft_masks is None
         assert len(found) == 1
-    assert len(decode(_raw({}), [SQUARE], _full, CONFIG)[0].masks) == 0
+
+
+@pytest.mark.parametrize(
+    ("mask_output", "shape"),
+    [("bool", (0, 60, 100)), ("prob", (0, 1, 60, 100)), ("lowres", (0, 1, 32, 32)), ("packed", (0,)), ("rle", None)],
+)
+def test_an_image_without_detections_has_no_masks_in_any_form(mask_output, shape):
+    frame = ImageFrame((60, 100), (77, 128), (128, 128), (1.28, 1.28))
+    (found,) = decode(_raw({}), [frame], _full, CONFIG, FORM_OF[mask_output])
+    masks = found.as_dict(mask_output)["masks"]
+    assert masks == [] if shape is None else masks.shape == shape
 
 
 def test_soft_masks_are_what_is_thresholded():

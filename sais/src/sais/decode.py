@@ -46,12 +46,13 @@ def decode(
         kept, boxes = select(raw, i, frame, config, room)
         found = Detections(frame.image_size, frame.to_image(boxes), kept.scores, kept.labels)
         if raw.prototypes is not None and masks != "none":
-            inputs = raw.prototypes[i], coefficients_at(i, kept.index), boxes, frame, config
+            parts = raw.prototypes[i], coefficients_at(i, kept.index), boxes
             if masks == "binary":
-                found = replace(found, masks=binary_masks(*inputs))
+                found = replace(found, masks=binary_masks(*parts, frame, config))
+            elif masks == "soft":
+                found = replace(found, soft_masks=soft_masks(*parts, frame, config))
             else:
-                soft = soft_masks if masks == "soft" else low_resolution_masks
-                found = replace(found, soft_masks=soft(*inputs))
+                found = replace(found, soft_masks=low_resolution_masks(*parts))
         return found, kept.count
 
     return settled(decode_image, len(frames), raw.logits.device, config.inference.max_detections)
@@ -94,7 +95,7 @@ def binary_masks(
         coefficients: [N, k] in (-1, 1).
         boxes: [N, 4] xyxy, input pixels.
         frame: Gives the sizes to resample to.
-        config: The threshold, and whether padding is cut off.
+        config: The threshold, and whether padding is cut off (after the resize).
 
     Returns:
         `Masks` of the image's size.
@@ -114,15 +115,13 @@ def soft_masks(
     prototypes: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SAISConfig
 ) -> Tensor:
     """The probabilities that `binary_masks` thresholds, dense: [N, height, width] of the image, float32."""
-    low = low_resolution_masks(prototypes, coefficients, boxes, frame, config)
+    low = low_resolution_masks(prototypes, coefficients, boxes)
     height, width = frame.image_size
     size = _resized_size(frame, config)
     return resize_maps(low, size)[:, :height, :width]
 
 
-def low_resolution_masks(
-    prototypes: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFrame, config: SAISConfig
-) -> Tensor:
+def low_resolution_masks(prototypes: Tensor, coefficients: Tensor, boxes: Tensor) -> Tensor:
     """Cropped probabilities on the prototype grid, padding included: [N, h, w] float32."""
     return assemble_soft(prototypes, coefficients, _crop(boxes, prototypes))
 
