@@ -24,7 +24,7 @@ class SAISTargets:
     Args:
         locations: Class, instance and distances of each of the P locations.
         boxes: B tensors [G, 4] xyxy, input pixels.
-        masks: B tensors [G, H / 4, W / 4] uint8 on the prototype grid.
+        masks: B tensors [G, H / 4, W / 4] uint8 on the prototype grid; none of a detector without masks.
     """
 
     locations: fcos.Assignment
@@ -38,13 +38,13 @@ def assign_targets(targets: list[Target], raw: RawOutput, config: SAISConfig) ->
     Args:
         targets: B targets in input pixels, usable instances only.
         raw: Its locations and level sizes are read.
-        config: Which of the two rules decides.
+        config: Which of the two rules decides, and whether there are masks.
     """
     choose = largest_centerness if config.center_aware else fcos.smallest_area
     return SAISTargets(
         fcos.assign_batch(raw.points, raw.sizes, targets, radius=None, choose=choose),
         [target.boxes for target in targets],
-        [masks_on_grid(target.masks, PROTOTYPE_STRIDE) for target in targets],
+        [masks_on_grid(target.masks, PROTOTYPE_STRIDE) for target in targets] if config.masks else [],
     )
 
 
