@@ -30,18 +30,25 @@ from onestage.data.synth import ShapesDataset
 from onestage.draw import SHOWN_WIDTH, Instances, colour_of, data_uri, draw, template
 from onestage.engine.checkpoint import load_into, load_weights, write_atomically
 from onestage.method import Method
+from onestage.nn import fcos, retinanet
 from onestage.ops.paste import cut_mask
-from onestage.structures import Target
+from onestage.structures import ImageFrame, Target
 from onestage.tables.plan import GENERATED, Settings, entry_of
-from onestage.transforms import prepare_batch
+from sais.model import RawOutput as SAISOutput
 from sais.targets import assign_targets as sais_targets
+from sprnet.model import RawOutput as SPRNetOutput
 from sprnet.targets import ANCHORS_PER_PIXEL
 from sprnet.targets import assign_targets as sprnet_targets
 
 SIZE, NUM_IMAGES, FITTED_ON = 256, 3, 400  # px; images of a sheet; images that MEInst's codes are fitted on
 CODE_LENGTHS = (20, 60, 100)
 LEAST_SCORE = 0.3  # of what is shown of a network
-GREEN, RED = (40, 200, 80), (230, 50, 40)
+GREEN, RED, BLUE = (40, 200, 80), (230, 50, 40), (60, 130, 255)
+SIZES = [(SIZE // stride, SIZE // stride) for stride in fcos.STRIDES]
+RULES = (("smallest box: area-aware", False), ("most central: centre-aware", True))
+# Half of the example that sais/tests/test_targets.py works out: P4's locations see them as P5's see those.
+TWO_BOXES = ((52.0, 45.0, 252.0, 195.0), (142.0, 50.0, 222.0, 190.0))
+ONE_BOX = ((70.0, 72.0, 164.0, 160.0),)
 
 
 @dataclass(frozen=True)
@@ -159,52 +166,94 @@ def _pipeline(image: Tensor, target: Target, codecs: dict[int, MaskCodec]) -> li
 
 def assignment(images: ShapesDataset) -> Sheet:
     """SAIS' figure 2: which object each location answers for, by FCOS' rule and by the centre-aware one."""
-    method = sais.method.METHOD
-    config = method.variants[method.demo_variant]
-    config = replace(config, input=replace(config.input, test_size=(SIZE, SIZE)))
-    model: Any = method.build(config).eval()
-    rows = []
-    for image, target in (images[i] for i in range(len(images))):
-        batch = prepare_batch([image], [target], config.input, training=False)
-        raw = _raw(model, batch.pixels)
-        row = [("objects", _boxed(draw(image, numbered(target), []), target.boxes))]
-        for name, aware in (("smallest box: area-aware", False), ("most central: centre-aware", True)):
-            found = sais_targets([target], raw, replace(config, center_aware=aware)).locations
-            row.append((name, _map(raw.points, found.index[0], found.strides)))
+    rows = _one_level(*by_hand(TWO_BOXES))
+    for image, target in _all(images):
+        target = replace(target, labels=torch.arange(len(target)))  # a colour for each object
+        row = [("objects", _boxed(draw(image, whole(target), []), target.boxes))]
+        row += [(f"all levels, {name}", _map(_answers(target, aware))) for name, aware in RULES]
         rows.append(row)
     return Sheet(
         "SAIS, figure 2: area-aware against centre-aware targets",
         "Each square is a location, as large as its level's stride, in the colour of the object that it answers for;"
-        " black ones are background. Large objects are learned at coarse levels, small ones lie on top.",
+        " black ones are background. First two boxes given by hand, level P4 alone, which answers for what is up to 128"
+        " px from a box's sides: where both claim a location FCOS takes the smaller one, and the large object loses its"
+        " own centre (ring), though nowhere is it more central; below, the centre-ness that decides instead, the larger"
+        " the brighter. Then generated images, all levels: large objects are learned at coarse levels, small ones lie"
+        " on top.",
         rows,
     )
+
+
+def _one_level(image: Tensor, target: Target) -> list[list[tuple[str, Image.Image]]]:
+    """P4 of a large and a small box: by both rules, then the centre-ness of each alone and the larger of both."""
+    rules = [("two boxes, given by hand", draw(image, whole(target), []))]
+    rules += [(f"P4, {name}", _map(_answers(target, aware), stride=16)) for name, aware in RULES]
+    shaded = [
+        (f"centre-ness in the {name} box", _map(_answers(target[torch.tensor([i])], True), stride=16, shaded=True))
+        for i, name in enumerate(("large", "small"))
+    ]
+    shaded.append(("the larger of both", _map(_answers(target, True), stride=16, shaded=True)))
+    centre = _centres(target.boxes[:1])
+    return [[(name, _ringed(_boxed(panel, target.boxes), centre)) for name, panel in row] for row in (rules, shaded)]
+
+
+def _answers(target: Target, center_aware: bool) -> fcos.Assignment:
+    nothing = torch.empty(0)
+    raw = SAISOutput(fcos.locations(SIZES), SIZES, nothing, nothing, nothing, [], None, None)
+    config = replace(sais.method.METHOD.variants["r50_768"], masks=False, center_aware=center_aware)
+    return sais_targets([target], raw, config).locations
 
 
 def positive_pixels(images: ShapesDataset) -> Sheet:
     """SPRNet's figure 4: the pixels whose best anchor overlaps an object enough."""
-    method = sprnet.method.METHOD
-    config = method.variants[method.demo_variant]
-    config = replace(config, input=replace(config.input, test_size=(SIZE, SIZE)))
-    model: Any = method.build(config).eval()
+    config = sprnet.method.METHOD.variants["r50_800"]
+    anchors = retinanet.anchors(SIZES, retinanet.STRIDES, base_size=config.anchor_size)
+    raw = SPRNetOutput(anchors, SIZES, torch.empty(0), torch.empty(0), [])
+    frame = ImageFrame((SIZE, SIZE), (SIZE, SIZE), (SIZE, SIZE), (1.0, 1.0))
     rows = []
-    for image, target in (images[i] for i in range(len(images))):
-        batch = prepare_batch([image], [target], config.input, training=False)
-        raw = _raw(model, batch.pixels)
+    for image, target in [by_hand(ONE_BOX), *_all(images)]:
         row = []
         for threshold in (0.5, 0.7):
-            chosen = replace(config, mask_iou=threshold)
-            pixels = sprnet_targets([target], raw, batch.frames, chosen).pixels[0]
-            centres = raw.anchors.reshape(-1, ANCHORS_PER_PIXEL, 4).mean(1)[pixels]
+            pixels = sprnet_targets([target], raw, [frame], replace(config, mask_iou=threshold)).pixels[0]
             picture = _boxed(draw(image, nothing(target), []), target.boxes)
-            _dots(picture, (centres[:, :2] + centres[:, 2:]) / 2, RED)
+            _dots(picture, _centres(anchors[pixels * ANCHORS_PER_PIXEL]), RED)
             row.append((f"IoU above {threshold}: {len(pixels)} pixels", picture))
         rows.append(row)
+    rows[0].insert(0, _two_anchors(*by_hand(ONE_BOX), anchors))
     return Sheet(
         "SPRNet, figure 4: positive pixels",
-        "Green: objects' boxes. Red: pixels one of whose anchors overlaps a box by more than the threshold; each is"
-        " decoded to a mask of its own.",
+        "Green: objects' boxes. First a box given by hand with an anchor that overlaps it by more than 0.7 (red), which"
+        " makes its pixel positive, and a pixel whose best anchor (blue) does not. Red dots: all pixels one of whose"
+        " anchors overlaps a box by more than the threshold; each is decoded to a mask of its own.",
         rows,
     )
+
+
+def _two_anchors(image: Tensor, target: Target, anchors: Tensor) -> tuple[str, Image.Image]:
+    """The anchor that overlaps a box most, and the best one of a pixel where none comes up to one half."""
+    iou, which = retinanet.match(anchors, target.boxes).iou.view(-1, ANCHORS_PER_PIXEL).max(1)
+    picture = _boxed(draw(image, nothing(target), []), target.boxes)
+    shown = []
+    for pixel, colour in ((iou.argmax(), RED), (iou.where(iou < 0.5, 0.0).argmax(), BLUE)):
+        anchor = anchors[pixel * ANCHORS_PER_PIXEL + which[pixel]][None]
+        _dots(_boxed(picture, anchor, colour), _centres(anchor), colour)
+        shown.append(f"{iou[pixel]:.2f}")
+    return f"a box given by hand; IoU with it: red {shown[0]}, positive; blue {shown[1]}, negative", picture
+
+
+def by_hand(boxes: tuple[tuple[float, ...], ...]) -> tuple[Tensor, Target]:
+    """An image of ellipses that fill boxes, large ones behind."""
+    corners = torch.tensor(boxes)
+    centres, reach = _centres(corners), (corners[:, 2:] - corners[:, :2]) / 2
+    places = torch.arange(SIZE) + 0.5
+    x, y = (((places - centres[:, [axis]]) / reach[:, [axis]]) ** 2 for axis in (0, 1))
+    masks = (y[:, :, None] + x[:, None] < 1).to(torch.uint8)
+    image = torch.full((3, SIZE, SIZE), 60, dtype=torch.uint8)
+    for i in range(len(boxes)):
+        image[:, masks[i].bool()] = 110 + 50 * i
+        masks[:i] *= 1 - masks[i]
+    labels = torch.arange(len(boxes))
+    return image, Target(corners, labels, masks, torch.zeros(len(boxes), dtype=torch.bool))
 
 
 def trained(tables: Path, method: Method, rows: tuple[str, ...], title: str, text: str) -> list[Sheet]:
@@ -243,11 +292,6 @@ def whole(target: Target) -> Instances:
     return Instances(target.boxes, target.labels, target.masks.bool())
 
 
-def numbered(target: Target) -> Instances:
-    """The ground truth with a colour for each object."""
-    return replace(whole(target), labels=torch.arange(len(target.labels)))
-
-
 def nothing(target: Target) -> Instances:
     """The image alone."""
     return Instances(target.boxes[:0], target.labels[:0], target.masks[:0].bool())
@@ -257,29 +301,43 @@ def _all(images: ShapesDataset) -> list[tuple[Tensor, Target]]:
     return [images[i] for i in range(len(images))]
 
 
-@torch.no_grad()
-def _raw(model: Any, pixels: Tensor) -> Any:
-    """Of an untrained network: only its locations and anchors are read."""
-    return model.raw_outputs(pixels)
+def _map(found: fcos.Assignment, *, stride: int | None = None, shaded: bool = False) -> Image.Image:
+    """Locations of one image as squares in the colours of their labels, coarse levels first.
 
-
-def _map(points: Tensor, index: Tensor, strides: Tensor) -> Image.Image:
-    """Locations as squares of their strides, coarse levels first."""
-    factor = SHOWN_WIDTH / SIZE
+    Args:
+        found: What the locations answer for.
+        stride: Of the one level that is shown; None: all are.
+        shaded: The less central a location, the darker.
+    """
+    factor, points = SHOWN_WIDTH / SIZE, fcos.locations(SIZES)
+    labels, centerness = found.labels[0], fcos.centerness_target(found.ltrb[0])
     picture = Image.new("RGB", (SHOWN_WIDTH, SHOWN_WIDTH))
     pen = ImageDraw.Draw(picture)
-    for i in strides.argsort(descending=True, stable=True).tolist():
-        if index[i] >= 0:
-            (x, y), half = points[i].tolist(), float(strides[i]) / 2
+    for i in found.strides.argsort(descending=True, stable=True).tolist():
+        if labels[i] >= 0 and stride in (None, int(found.strides[i])):
+            (x, y), half = points[i].tolist(), float(found.strides[i]) / 2
             corners = [factor * (x - half), factor * (y - half), factor * (x + half) - 1, factor * (y + half) - 1]
-            pen.rectangle(corners, fill=colour_of(int(index[i])), outline=(0, 0, 0))
+            shade = float(centerness[i]) if shaded else 1.0
+            red, green, blue = (round(shade * part) for part in colour_of(int(labels[i])))
+            pen.rectangle(corners, fill=(red, green, blue), outline=(0, 0, 0))
     return picture
 
 
-def _boxed(picture: Image.Image, boxes: Tensor) -> Image.Image:
+def _centres(boxes: Tensor) -> Tensor:
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def _boxed(picture: Image.Image, boxes: Tensor, colour: tuple[int, int, int] = GREEN) -> Image.Image:
     pen, factor = ImageDraw.Draw(picture), SHOWN_WIDTH / SIZE
     for box in boxes.tolist():
-        pen.rectangle([factor * side for side in box], outline=GREEN, width=2)
+        pen.rectangle([factor * side for side in box], outline=colour, width=2)
+    return picture
+
+
+def _ringed(picture: Image.Image, centres: Tensor) -> Image.Image:
+    pen, factor = ImageDraw.Draw(picture), SHOWN_WIDTH / SIZE
+    for x, y in centres.tolist():
+        pen.ellipse([factor * x - 20, factor * y - 20, factor * x + 20, factor * y + 20], outline=RED, width=3)
     return picture
 
 
