@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onestage.errors import MachineError
+from onestage.machine import usable_cores
 
 CORE = "onestage-core"
 GIB = 2**30
@@ -251,7 +252,7 @@ def disk_check(folder: Path) -> Check:
 
 def threads_check() -> Check:
     """Processor cores this process may use, and threads it will."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     share = _processor_share()
     text = f"{cores} cores" + (f", of which this container gets {share:.1f}" if share is not None else "")
     wanted = os.environ.get("OMP_NUM_THREADS")

@@ -48,6 +48,13 @@ def test_each_kind_of_failure_has_its_exit_code(call, monkeypatch, error, code):
         assert "\n  fix: " in err
 
 
+def test_memory_that_ran_out_is_told_where_the_system_does_not_count_it(call, monkeypatch):
+    monkeypatch.setattr(app, "peak_memory", lambda: float("nan"))
+    code, _, err = call(*run_raising(monkeypatch, MemoryError()))
+    assert code == 5
+    assert err.startswith("error: out of memory: the process needs more than there is\n  fix: ")
+
+
 def test_an_error_nobody_expected_travels_on(call, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         call(*run_raising(monkeypatch, ZeroDivisionError()))

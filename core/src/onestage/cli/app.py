@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 from onestage.cli.flags import VERBS, Call, parse
 from onestage.errors import MachineError, UsageError, UserError
+from onestage.machine import peak_memory
 from onestage.method import Method
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -226,7 +228,5 @@ def _memory() -> str:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         return f" (GPU: {now / 2**30:.1f} GiB now, {peak / 2**30:.1f} GiB at the peak)"
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f" (process: {peak / 2**30:.1f} GiB at the peak)"
+    peak = peak_memory()
+    return "" if math.isnan(peak) else f" (process: {peak / 2**30:.1f} GiB at the peak)"

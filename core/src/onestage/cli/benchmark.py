@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import resource
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from onestage.cli.app import config_record
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
-from onestage.config import config_from_dict
+from onestage.config import config_from_dict, with_field
 from onestage.engine import distributed
 from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.guard import autocast
 from onestage.engine.network import prepare_network
-from onestage.errors import UsageError
+from onestage.machine import peak_memory
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
@@ -32,8 +32,6 @@ logger = logging.getLogger("onestage")
 def run(method: Method, call: Call) -> dict[str, Any]:
     """Times the model on random images and returns the record."""
     flags = call.flags
-    if min(flags.batch, flags.iters) < 1 or flags.warmup < 0:
-        raise UsageError("--batch and --iters are at least 1, --warmup at least 0", "give whole numbers in that range")
     device = distributed.pick_device(flags.device)
     state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
     if info is None:
@@ -55,11 +53,13 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     ours = lambda: model.detect(images)  # noqa: E731 - three callables of one form
     boxes_only = lambda: model.detect(images, masks=False)  # noqa: E731
     rivals: dict[str, Callable[[], Any]] = {"total": ours, "boxes only": boxes_only}
-    if flags.compare == "maskrcnn":
-        # Both give dense bool masks at image size, the form torchvision's users get.
-        rivals["ours, dense masks"] = lambda: [found.masks.to_bool() for found in model.detect(images)]
-        rivals["maskrcnn"] = _mask_rcnn(images, config.num_classes, device)
     with torch.no_grad(), autocast(device, flags.precision):
+        ours()
+        memory = peak_memory(device)  # before a rival takes any
+        if flags.compare == "maskrcnn":
+            # Both give dense bool masks at image size, the form torchvision's users get.
+            rivals["ours, dense masks"] = lambda: [found.masks.to_bool() for found in model.detect(images)]
+            rivals["maskrcnn"] = _mask_rcnn(images, config.num_classes, device)
         seconds = _interleaved(rivals, flags.warmup, flags.iters, device)
         # Parts of a compiled or captured network have no time of their own.
         with _timed_children(model if flags.mode == "eager" else nn.Module(), device) as stages:
@@ -71,7 +71,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         | {"masks": round(1000 * (median(total) - median(seconds["boxes only"])), 2)},
         "images_per_second": round(flags.batch / median(total), 2),
         "instances_per_image": sum(num_found) / len(num_found),
-        "peak_memory_mib": round(_peak_memory(device) / 2**20),
+        "peak_memory_mib": None if math.isnan(memory) else round(memory / 2**20),
         "image_size": [height, width],
         "batch": flags.batch,
         "precision": flags.precision,
@@ -123,7 +123,7 @@ def _full_house(method: Method, config: Any, seed: int) -> Any:
 
 
 def _with_threshold(config: Any, threshold: float) -> Any:
-    return replace(config, inference=replace(config.inference, score_threshold=threshold))
+    return with_field(config, "inference.score_threshold", threshold)
 
 
 def _interleaved(
@@ -194,13 +194,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _milliseconds(seconds: list[float]) -> dict[str, float]:
     p90 = quantiles(seconds, n=10)[-1] if len(seconds) > 1 else seconds[0]
     return {
@@ -217,7 +210,7 @@ def _say(record: dict[str, Any]) -> None:
     for name, value in record["stages"].items():
         logger.info("  %-12s     %9.2f ms", name, value)
     logger.info(
-        "  %.1f instances per image, peak memory %d MiB", record["instances_per_image"], record["peak_memory_mib"]
+        "  %.1f instances per image, peak memory %s MiB", record["instances_per_image"], record["peak_memory_mib"]
     )
     if "times_maskrcnn_speed" in record:
         logger.info(

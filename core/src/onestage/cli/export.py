@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from onestage.cli.app import config_record
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
-from onestage.config import config_from_dict
+from onestage.config import config_from_dict, with_field
 from onestage.data.coco import read_image
 from onestage.data.synth import ShapesDataset
 from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
@@ -142,7 +142,7 @@ def _model(method: Method, call: Call) -> tuple[Any, WeightsInfo]:
 
 
 def _at(config: Any, threshold: float) -> Any:
-    return replace(config, inference=replace(config.inference, score_threshold=threshold))
+    return with_field(config, "inference.score_threshold", threshold)
 
 
 def _threshold(model: Any, images: list[Tensor]) -> float:
