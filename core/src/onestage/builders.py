@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torchvision.models import WeightsEnum
 
 from onestage.config import config_from_dict
 from onestage.engine.checkpoint import load_into, load_weights
@@ -21,10 +23,11 @@ def build_model(
     config: Any,
     *,
     weights: str | Path | None = None,
-    weights_backbone: str | Path | None = None,
+    weights_backbone: str | Path | WeightsEnum | None = None,
     num_classes: int | None = None,
     trainable_backbone_layers: int | None = None,
     head: Literal["match", "reinit"] = "match",
+    progress: bool = True,
     **overrides: Any,
 ) -> nn.Module:
     """A model of `method` in eval mode. Nothing is downloaded unless `weights_backbone` names a torchvision enum.
@@ -33,19 +36,21 @@ def build_model(
         method: The paper's package.
         config: Its configuration; with `weights` the stored one counts instead.
         weights: A file of ours; its config rebuilds the model.
-        weights_backbone: ImageNet trunk: a torchvision weights name such as IMAGENET1K_V1, or a local file. Not
-            together with `weights`.
+        weights_backbone: ImageNet trunk: one of torchvision's weights, by a name such as IMAGENET1K_V1 or as
+            `ResNet50_Weights.IMAGENET1K_V1`, or a local file. Not together with `weights`.
         num_classes: K foreground classes.
         trainable_backbone_layers: 0 to 5, counted from the last as torchvision does; 5 trains all.
         head: "reinit" lets weights of other classes in and starts the layers that do not fit anew.
+        progress: Show a bar on stderr while downloading.
         overrides: Further fields of the config.
 
     Raises:
-        UsageError: arguments that exclude each other.
+        UsageError: arguments that exclude each other, or one that is unknown.
         WeightsError: weights that do not fit.
     """
     if weights is not None and weights_backbone is not None:
         raise UsageError("weights and weights_backbone are both given", "weights hold the trunk too: drop one")
+    _check_names(config, overrides)
     state = info = None
     if weights is not None:
         state, info = load_weights(weights, package=method.name)
@@ -64,7 +69,7 @@ def build_model(
     elif weights_backbone is not None:
         trunk = model.backbone
         assert isinstance(trunk, ResNet)
-        load_imagenet(trunk, weights_backbone)
+        load_imagenet(trunk, weights_backbone, progress=progress)
     return model.eval()
 
 
@@ -77,3 +82,16 @@ def named_model(method: Method, name: str, **arguments: Any) -> nn.Module:
     if name not in method.variants:
         raise UsageError(f"no model '{name}'", f"one of {', '.join(method.variants)}")
     return build_model(method, method.variants[name], **arguments)
+
+
+def _check_names(config: Any, overrides: dict[str, Any]) -> None:
+    """Raises UsageError unless every name is a field of the config."""
+    known = [entry.name for entry in fields(config)]
+    names = [*(build_model.__kwdefaults__ or ()), *known]
+    for name in overrides:
+        if name not in known:
+            near = get_close_matches(name, names, n=1)
+            raise UsageError(
+                f"unknown argument '{name}'" + (f"; nearest: '{near[0]}'" if near else ""),
+                f"use one of: {', '.join(names)}",
+            )

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torchvision
+from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from onestage.config import BackboneConfig
 from onestage.errors import MachineError, WeightsError
@@ -114,6 +115,21 @@ def test_unknown_name_lists_the_known_ones():
     with pytest.raises(WeightsError) as caught:
         load_imagenet(build_backbone(BackboneConfig(name="resnet18")), "IMAGENET22K")
     assert "it has IMAGENET1K_V1" in caught.value.what
+
+
+def test_a_member_of_torchvisions_enum_names_the_weights_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONESTAGE_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    cached.parent.mkdir(parents=True)
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, cached)
+    for member in (ResNet18_Weights.IMAGENET1K_V1, "ResNet18_Weights.IMAGENET1K_V1"):
+        trunk = build_backbone(BackboneConfig(name="resnet18"))
+        load_imagenet(trunk, member)
+        assert torch.equal(trunk.conv1.weight, state["conv1.weight"])
+    with pytest.raises(WeightsError, match="torchvision has no such weights of resnet18"):
+        load_imagenet(trunk, ResNet50_Weights.IMAGENET1K_V1)
 
 
 def test_offline_refuses_to_download_but_takes_the_cached_file(tmp_path, monkeypatch):

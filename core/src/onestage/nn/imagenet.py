@@ -11,19 +11,22 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.models import WeightsEnum
 
 from onestage.engine.checkpoint import read_state_dict
 from onestage.errors import MachineError, WeightsError, some
 from onestage.nn.resnet import ResNet
 
 
-def load_imagenet(backbone: ResNet, source: str | Path) -> list[str]:
+def load_imagenet(backbone: ResNet, source: str | Path | WeightsEnum, *, progress: bool = False) -> list[str]:
     """Loads ImageNet weights into a trunk.
 
     Args:
         backbone: Changed in place.
-        source: A local file (torchvision's or mmdetection's .pth, detectron's or detectron2's .pkl) or the name of one
-            of torchvision's weights, "IMAGENET1K_V1"; only a name downloads, into torch's cache.
+        source: A local file (torchvision's or mmdetection's .pth, detectron's or detectron2's .pkl) or one of
+            torchvision's weights, by name, "IMAGENET1K_V1", or as the member of their enum; only these download, into
+            torch's cache.
+        progress: Show a bar on stderr while downloading.
 
     Returns:
         Notes on what was left out, folded or kept at its initialisation, one line each.
@@ -32,7 +35,8 @@ def load_imagenet(backbone: ResNet, source: str | Path) -> list[str]:
         WeightsError: no such weights, or tensors that are missing, left over or of another shape.
         MachineError: a download that is forbidden (ONESTAGE_OFFLINE=1) or fails.
     """
-    path = Path(source) if Path(source).is_file() else _download(backbone.config.name, str(source))
+    is_file = not isinstance(source, WeightsEnum) and Path(source).is_file()
+    path = Path(source) if is_file else _download(backbone.config.name, source, progress)
     state, notes = rename_imagenet(read_state_dict(path))
     notes += _complete(state, backbone)
     ours = backbone.state_dict()
@@ -129,15 +133,17 @@ def _complete(state: dict[str, Tensor], backbone: ResNet) -> list[str]:
     return notes
 
 
-def _download(model: str, name: str) -> Path:
+def _download(model: str, wanted: str | Path | WeightsEnum, progress: bool) -> Path:
     """The local file of one of torchvision's weights."""
-    known = {entry.name: entry for entry in torchvision.models.get_model_weights(model)}
-    if name not in known:
+    known = list(torchvision.models.get_model_weights(model))
+    found = [entry for entry in known if str(wanted) in (entry.name, str(entry))]
+    if not found:
+        names = sorted(entry.name for entry in known)
         raise WeightsError(
-            f"no file '{name}', and torchvision has no such weights of {model} (it has {some(sorted(known))})",
+            f"no file '{wanted}', and torchvision has no such weights of {model} (it has {some(names)})",
             "give an existing file or one of these names",
         )
-    url = known[name].url
+    name, url = found[0].name, found[0].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.is_file():
         return path
@@ -149,7 +155,7 @@ def _download(model: str, name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = re.search(r"-([a-f0-9]{8,})\.", path.name)
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest[1] if digest else None, progress=False)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest[1] if digest else None, progress=progress)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash does not fit
         raise MachineError(f"cannot download {url}: {error}", f"copy it to {path} by other means") from error
     return path
