@@ -147,6 +147,13 @@ def test_a_window_is_square_and_inside_the_image():
     assert _window([(500, 500, 0, 0)], (20, 30)) == (0, 0, 30, 20)
 
 
+def test_the_largest_image_is_for_the_user_to_say(shapes, tmp_path, capsys):
+    words = [str(shapes), "--results", str(written(tmp_path, [])), "--output", "out", "--max-pixels"]
+    assert main([*words, "4095"]) == 3
+    assert "has 64 x 64 px" in capsys.readouterr().err
+    assert main([*words, "4096"]) == 0
+
+
 def test_help_does_not_load_torch():
     code = "import sys, onestage.explore; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -53,6 +53,7 @@ class Explore(Talk):
     top: int = 8  # pictures of each kind of error
     per_category: int = 2  # further pictures of each kind and category, as long as there is room
     limit: int | None = None  # use the first N images only
+    max_pixels: float = 100e6  # refuse larger images, height * width
     device: str = "auto"  # with --weights: auto, cpu, cuda, cuda:1
     output: Path | None = None  # run folder, default runs/onestage/explore/<time>
     overwrite: Switch = False  # write into an --output that is not empty
@@ -80,7 +81,7 @@ def _explore(flags: Explore, words: Sequence[str]) -> int:
 
     set_up_log(words, "onestage")
     split = locate(flags.data, "val", json=flags.val_json, images=flags.val_images)
-    dataset = CocoDataset(split.json, split.images)
+    dataset = CocoDataset(split.json, split.images, max_pixels=flags.max_pixels)
     if len(dataset) == 0:
         raise DatasetError(f"dataset '{split.json}' has no images", "check its images")
     results = None if flags.results is None else _read_results(flags.results, dataset)
@@ -139,10 +140,9 @@ def _check(flags: Explore) -> None:
         )
     if not 0 < flags.gap <= 1:
         raise UsageError(f"--gap is {flags.gap:g}", "give a difference of IoUs, above 0 and at most 1")
-    for name in ("top", "per_category", "limit"):
-        least, value = (1 if name == "limit" else 0), getattr(flags, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}", f"give at least {least}")
+    for name in ("top", "per_category"):
+        if getattr(flags, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(flags, name)}", "give at least 0")
 
 
 def _read_results(path: Path, dataset: CocoDataset) -> list[dict[str, Any]]:

@@ -137,6 +137,45 @@ def test_a_command_line_that_cannot_be_meant_says_why(method, words, what):
 
 
 @pytest.mark.parametrize(
+    ("verb", "words", "what", "fix"),
+    [
+        ("train", ["--accumulate", "0"], "--accumulate is 0", "give at least 1"),
+        ("train", ["--log-every", "0"], "--log-every is 0", "give at least 1"),
+        ("train", ["--overfit", "0"], "--overfit is 0", "give at least 1"),
+        ("train", ["--save-every", "-1"], "--save-every is -1", "give at least 0"),
+        ("train", ["--seed", "-1"], "--seed is -1", f"give a whole number from 0 to {2**63 - 1}"),
+        ("train", ["--seed", str(2**63)], f"--seed is {2**63}", f"give a whole number from 0 to {2**63 - 1}"),
+        ("demo", ["--workers", "-1"], "--workers is -1", "give at least 0"),
+        ("demo", ["--batch-size", "0"], "--batch-size is 0", "give at least 1"),
+        ("eval", ["--batch-size", "0"], "--batch-size is 0", "give at least 1"),
+        ("eval", ["--max-dets", "1", "0", "100"], "--max-dets is 0", "give at least 1"),
+        ("eval", ["--max-pixels", "nan"], "--max-pixels is nan", "give at least 1"),
+        ("predict", ["--limit", "-1"], "--limit is -1", "give at least 1"),
+        ("predict", ["--stride", "0"], "--stride is 0", "give at least 1"),
+        ("benchmark", ["--iters", "0"], "--iters is 0", "give at least 1"),
+        ("benchmark", ["--image-size", "0", "64"], "--image-size is 0", "give at least 1"),
+    ],
+)
+def test_a_number_out_of_range_is_told_before_anything_starts(method, verb, words, what, fix):
+    with pytest.raises(UsageError) as caught:
+        parse(method, verb, words)
+    assert (caught.value.what, caught.value.fix) == (what, fix)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        *((verb, ["--deterministic"]) for verb in ("eval", "predict", "export", "benchmark")),
+        *((verb, ["--workers", "1"]) for verb in ("predict", "export", "benchmark")),
+        *((verb, ["--limit", "1"]) for verb in ("export", "benchmark")),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_unknown(method, verb, words):
+    with pytest.raises(UsageError, match=f"unknown flag '{words[0]}'"):
+        parse(method, verb, words)
+
+
+@pytest.mark.parametrize(
     ("text", "what"),
     [
         ("{", "is not JSON"),

@@ -28,7 +28,14 @@ def open_split(
     flags = call.flags
     found = locate(flags.data, split, json=getattr(flags, f"{split}_json"), images=getattr(flags, f"{split}_images"))
     dropping = {} if schedule is None else {"drop_empty": schedule.drop_empty, "min_size": schedule.min_size}
-    dataset = CocoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample, polygons=polygons, **dropping)
+    dataset = CocoDataset(
+        found.json,
+        found.images,
+        on_bad_sample=flags.on_bad_sample,
+        max_pixels=flags.max_pixels,
+        polygons=polygons,
+        **dropping,
+    )
     if len(dataset) == 0:
         raise DatasetError(f"dataset '{found.json}' has no images to use", "check its images and --drop-empty")
     logger.info(
@@ -52,7 +59,7 @@ def open_videos(call: Call, split: Literal["train", "val"]) -> VideoDataset:
     flags = call.flags
     json, images = getattr(flags, f"{split}_json"), getattr(flags, f"{split}_images")
     found = locate(flags.data, split, json=json, images=images, variable="YTVIS_ROOT")
-    dataset = VideoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample)
+    dataset = VideoDataset(found.json, found.images, on_bad_sample=flags.on_bad_sample, max_pixels=flags.max_pixels)
     if len(dataset) == 0:
         raise DatasetError(f"dataset '{found.json}' has no videos to use", "check its frames")
     logger.info(

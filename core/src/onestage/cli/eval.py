@@ -22,6 +22,7 @@ from onestage.engine.coco_eval import evaluate_results_file
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.ytvis_eval import evaluate_video_results_file
 from onestage.errors import UsageError
+from onestage.machine import default_workers
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
@@ -93,7 +94,7 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         settings: dict[str, Any] = {
             "device": device,
             "precision": flags.precision,
-            "workers": flags.workers or 0,
+            "workers": default_workers(device) if flags.workers is None else flags.workers,
             "batch_size": flags.batch_size,
             "max_dets": flags.max_dets,
             "per_class": flags.per_class,
@@ -138,28 +139,36 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
 
 
 def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:
+    """Metrics of `--results`; with `--output` they are left there too."""
     flags = call.flags
+    if flags.output is not None and flags.results.resolve().parent == flags.output.resolve():
+        raise UsageError(f"--output '{flags.output}' is the folder of --results", "name another folder")
     content = read_json(flags.results)
-    if isinstance(content, list) and content and isinstance(content[0], dict) and "video_id" in content[0]:
-        videos = open_videos(call, "val")
-        if flags.dry_run:
-            return {"dry_run": True, "videos": len(videos)}
-        metrics = evaluate_video_results_file(flags.results, videos, flags.max_dets, per_class=flags.per_class)
-        say_metrics(metrics)
-        return metrics | {"videos": len(videos), "results": str(flags.results)}
-    dataset = open_split(call, "val")
+    video = isinstance(content, list) and content and isinstance(content[0], dict) and "video_id" in content[0]
+    dataset: Any = open_videos(call, "val") if video else open_split(call, "val")
+    counted = {"videos" if video else "images": len(dataset)}
     if flags.dry_run:
-        return {"dry_run": True, "images": len(dataset)}
-    metrics = evaluate_results_file(
-        flags.results,
-        dataset.coco_gt(),
-        iou_types=flags.iou_types,
-        max_dets=flags.max_dets,
-        per_class=flags.per_class,
-        backend=flags.backend,
-    )
-    say_metrics(metrics)
-    return metrics | {"images": len(dataset), "results": str(flags.results)}
+        return {"dry_run": True, **counted}
+
+    def compute() -> dict[str, Any]:
+        settings: dict[str, Any] = {"max_dets": flags.max_dets, "per_class": flags.per_class}
+        metrics: dict[str, Any]
+        if video:
+            metrics = evaluate_video_results_file(flags.results, dataset, **settings)
+        else:
+            settings |= {"iou_types": flags.iou_types, "backend": flags.backend}
+            metrics = evaluate_results_file(flags.results, dataset.coco_gt(), **settings)
+        say_metrics(metrics)
+        return metrics
+
+    done = counted | {"results": str(flags.results)}
+    if flags.output is None or not distributed.rank_zero():
+        return compute() | done
+    record = config_record(method, call)
+    with open_run(method.name, "eval", record, output=flags.output, overwrite=flags.overwrite) as run:
+        metrics = compute()
+        run.write("metrics.json", metrics)
+        return metrics | done | {"run": str(run.folder)}
 
 
 def _json(value: Any) -> bytes:

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from difflib import SequenceMatcher
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from onestage.config import BackboneName, ScheduleConfig, config_from_dict, of_length, rescaled, resized
+from onestage.config import BackboneName, ScheduleConfig, config_from_dict, of_length, rescaled, resized, with_field
 from onestage.errors import UsageError
 from onestage.method import Method
 
@@ -45,12 +46,17 @@ class Common(Talk):
     device: str = "auto"  # auto, cpu, cuda, cuda:1; auto = a GPU if there is one
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
-    deterministic: bool = False  # refuse algorithms whose result may differ from run to run
-    workers: int | None = None  # processes that read images; default: none on a small CPU
-    limit: int | None = None  # use the first N images only
     config: Path | None = None  # a run's config.json: its settings become the defaults
     print_config: Switch = False  # print the resolved settings as JSON on stdout and stop
     dry_run: Switch = False  # check everything that can be checked without computing, and stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Common):
+    """What verbs that go through a data set know besides."""
+
+    workers: int | None = None  # processes that read images; default: none on a small CPU
+    limit: int | None = None  # use the first N images only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,7 @@ class Data:
     val_json: Path | None = None  # with --val-images, in place of --data
     val_images: Path | None = None
     on_bad_sample: Literal["raise", "skip"] = "raise"  # skip: count and list unreadable images, go on
+    max_pixels: float = 100e6  # refuse larger images, height * width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +81,19 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Common):
+class Demo(Reading):
     """Trains a small configuration on generated shapes, evaluates it and writes a page. Needs no data, no network."""
 
+    deterministic: bool = False  # a GPU, too, uses algorithms that repeat their result; warns where there is none
     steps: int | None = None  # optimiser steps
     batch_size: int | None = None  # images per optimiser step; learning rate and steps change along
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Model, Data, Common):
+class Train(Model, Data, Reading):
     """Trains on a data set in COCO format."""
 
+    deterministic: bool = False  # a GPU, too, uses algorithms that repeat their result; warns where there is none
     train_json: Path | None = None  # with --train-images, in place of --data
     train_images: Path | None = None
     schedule: str | None = None  # take the schedule of this variant
@@ -113,7 +122,7 @@ class Train(Model, Data, Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Model, Data, Common):
+class Eval(Model, Data, Reading):
     """AP of weights on a data set, or of a results file, exactly as pycocotools counts it."""
 
     weights: Path | None = None  # .safetensors or last.ckpt
@@ -139,6 +148,7 @@ class Predict(Common):
     save: tuple[Literal["image", "json", "masks", "video"], ...] = ("image", "json")  # of a video: video json
     mask_format: Literal["rle", "polygon", "png"] = "rle"  # in the JSON; png: files, one per instance
     max_pixels: float = 100e6  # refuse larger images from their header
+    limit: int | None = None  # use the first N images only
     skip_existing: Switch = False  # leave out images that --output already has
     shard: str = "0/1"  # I/N: every N-th image starting with image I, for N machines
     stride: int = 1  # every n-th image or frame
@@ -208,6 +218,11 @@ WITH_OPTIM = ("demo", "train")  # verbs with --optim.*
 PER_CALL = {"json", "quiet", "verbose", "output", "overwrite", "config", "print_config", "dry_run", "resume", "replay"}
 IN_TRAINING = {"epochs", "steps", "batch_size", "ema", "grad_clip", "drop_empty"}
 IN_CONFIG = {"model", "optim", "variant", "small", "backbone", "size", "schedule", "score_thr"}
+# What a number may be, wherever a verb has a flag of that name.
+RANGES = dict.fromkeys(("accumulate", "batch", "batch_size", "image_size", "iters", "limit"), (1, math.inf))
+RANGES |= dict.fromkeys(("log_every", "max_dets", "max_pixels", "overfit", "stride"), (1, math.inf))
+RANGES |= dict.fromkeys(("eval_every", "save_every", "warmup", "workers"), (0, math.inf))
+RANGES["seed"] = (0, 2**63 - 1)  # torch's and NumPy's generators take these
 
 
 @dataclass(frozen=True)
@@ -231,7 +246,7 @@ class Call:
         """`config`, which weights brought along, with the model flags of this command line."""
         for name in sorted(self.given):
             if name.startswith(("model.", "optim.")):
-                config = _set(config, _config_path(name), _get(self.config, _config_path(name)))
+                config = with_field(config, _config_path(name), _get(self.config, _config_path(name)))
         return _shortcuts(config, self)
 
     def settings(self) -> dict[str, Any]:
@@ -390,7 +405,18 @@ def _read(defaults: Any, argv: list[str], program: str) -> tuple[Any, frozenset[
     """The flags, and the dotted names of those that stood on the command line."""
     kind = type(defaults)
     given = frozenset(_given(argv, dict(_flag_names(kind)), program))
-    return _run_tyro(kind, defaults, argv, program), given
+    flags = _run_tyro(kind, defaults, argv, program)
+    _check_ranges(flags)
+    return flags, given
+
+
+def _check_ranges(flags: Any) -> None:
+    for name, (least, most) in RANGES.items():
+        values = getattr(flags, name, None)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not least <= value <= most:
+                limit = f"at least {least}" if most == math.inf else f"a whole number from {least} to {most}"
+                raise UsageError(f"--{name.replace('_', '-')} is {value}", f"give {limit}")
 
 
 def _run_tyro(kind: type, defaults: Any, argv: list[str], program: str) -> Any:
@@ -493,11 +519,11 @@ def _shortcuts(config: Any, call: Call) -> Any:
         return getattr(flags, name, None)
 
     if value("backbone") is not None:
-        config = _set(config, "backbone.name", flags.backbone)
+        config = with_field(config, "backbone.name", flags.backbone)
     if value("size") is not None:
         config = replace(config, input=resized(config.input, flags.size))
     if value("score_thr") is not None and "score_threshold" in _names(type(config.inference)):
-        config = _set(config, "inference.score_threshold", flags.score_thr)
+        config = with_field(config, "inference.score_threshold", flags.score_thr)
     if call.verb in WITH_OPTIM:
         config = replace(config, schedule=_schedule(config.schedule, call))
     return config
@@ -507,8 +533,6 @@ def _schedule(schedule: ScheduleConfig, call: Call) -> ScheduleConfig:
     flags = call.flags
     batch_size = getattr(flags, "batch_size", None)
     if batch_size is not None:
-        if batch_size < 1:
-            raise UsageError(f"--batch-size is {batch_size}", "give at least 1")
         if getattr(flags, "autoscale", True):
             chosen = {f.name for f in fields(schedule) if f"optim.{f.name}" in call.given}
             kept = {name: getattr(schedule, name) for name in chosen}
@@ -538,11 +562,6 @@ def _get(config: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         config = getattr(config, name)
     return config
-
-
-def _set(config: Any, dotted: str, value: Any) -> Any:
-    name, _, rest = dotted.partition(".")
-    return replace(config, **{name: _set(getattr(config, name), rest, value) if rest else value})
 
 
 def _plain(value: Any) -> Any:
