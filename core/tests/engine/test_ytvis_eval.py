@@ -167,6 +167,8 @@ def test_results_of_other_processes_are_merged():
         ({"segmentations": track(0)}, "has 1 segmentations, video 7 has 2 frames"),
         ({"segmentations": [None, {"size": [20, 20], "counts": [1]}]}, "frame 1 has RLE runs that sum to 1"),
         ({"segmentations": [None, {"size": [9, 9], "counts": [81]}]}, "frame 1 has RLE size"),
+        ({"segmentations": [None, []]}, "frame 1 is not a COCO RLE"),
+        ({"segmentations": [{}, None]}, "frame 0 is not a COCO RLE"),
     ],
 )
 def test_a_results_file_that_does_not_fit_says_where(change, why):

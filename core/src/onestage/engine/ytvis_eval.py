@@ -300,7 +300,9 @@ def check_video_results(results: Any, dataset: Videos, name: str) -> list[dict[s
                 f"{where} has {count} segmentations, video {video.id} has {video.num_frames} frames",
                 "give one RLE or null for each frame",
             )
-        checked = [rle and _checked(rle, video.size, f"{where}, frame {i}") for i, rle in enumerate(masks)]
+        checked = [
+            None if rle is None else _checked(rle, video.size, f"{where}, frame {i}") for i, rle in enumerate(masks)
+        ]
         sound.append({**entry, "segmentations": checked})
     return sound
 
