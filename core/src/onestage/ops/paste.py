@@ -148,9 +148,9 @@ def cut_mask(bitmap: Tensor, box: Tensor, size: int) -> Tensor:
         size: M.
     """
     # Only the window around the box becomes float; its margin keeps RoIAlign from meeting a border of our making.
-    left, top = (max(0, math.floor(value) - 2) for value in box[:2].tolist())
-    right, bottom = (math.ceil(value) + 2 for value in box[2:].tolist())
-    window = bitmap[top:bottom, left:right].float()
+    x1, y1, x2, y2 = box.tolist()
+    left, top = max(0, math.floor(x1) - 2), max(0, math.floor(y1) - 2)
+    window = bitmap[top : math.ceil(y2) + 2, left : math.ceil(x2) + 2].float()
     corner = box.new_tensor([left, top, left, top])
     roi = torch.cat((box.new_zeros(1), box - corner))[None]
     return (ops.roi_align(window[None, None], roi, size, sampling_ratio=0, aligned=True)[0, 0] >= 0.5).byte()
