@@ -43,7 +43,7 @@ class SPRNetConfig:
     box_beta: float = 1 / 9  # where smooth L1 becomes linear
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
-    reduce_normalisers: bool = False  # loss normalisers averaged over processes; the paper's system: per GPU
+    reduce_normalisers: bool = False  # loss normalisers averaged over processes: losses as with one process
     backbone: BackboneConfig = field(default_factory=lambda: R50_TRUNK)
     input: InputConfig = field(default_factory=lambda: input_of(800))
     inference: InferenceConfig = field(default_factory=InferenceConfig)

@@ -34,7 +34,12 @@ class GatedMerge(nn.Module):
 
 
 class Gate(nn.Module):
-    """A map times the sigmoid of its own scores, which a separable 3x3 convolution finds."""
+    """A map times the sigmoid of its own scores, which a separable 3x3 convolution finds.
+
+    Args:
+        channels: Of the map.
+        num_scores: Per place: `channels`, or 1 for all channels.
+    """
 
     def __init__(self, channels: int, num_scores: int):
         super().__init__()
@@ -45,4 +50,5 @@ class Gate(nn.Module):
         nn.init.zeros_(self.pointwise.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] to the same."""
         return x * self.pointwise(self.depthwise(x)).sigmoid()

@@ -47,7 +47,7 @@ def compute_losses(
     )
     losses = {"loss_cls": class_sum / positives, "loss_box": box_sum / positives}
     if mask_logits is not None:
-        pixels = _at_least_one(positives.new_tensor(float(len(mask_logits))), config)
+        pixels = _at_least_one(positives.new_full((), len(mask_logits)), config)
         losses["loss_mask"] = mask_loss(mask_logits, targets.masks).sum() / pixels
     return losses
 

@@ -118,7 +118,14 @@ class SPRNet(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Single pixel reconstruction (Fig. 2, Sec. 3.2): a mask from the feature vector of one pixel of the pyramid."""
+    """Single pixel reconstruction (Fig. 2, Sec. 3.2): a mask from the feature vector of one pixel of the pyramid.
+
+    Picked pixels of pyramid levels [B, C, h, w] in, mask logits [N, 32, 32] out: `forward` in training, `masks_at` in
+    tests.
+
+    Args:
+        config: Fusion, decoder and classes.
+    """
 
     def __init__(self, config: SPRNetConfig):
         super().__init__()
