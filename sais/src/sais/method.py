@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 
 def build(config: SAISConfig) -> "SAIS":
+    """A new model in train mode, with the initial weights of the method; the trunk's are random, too."""
     from sais.model import SAIS
 
     return SAIS(config)
 
 
 def tables() -> "tuple[Table, ...]":
+    """Every table of the paper: its numbers, and the configuration of each row that can be run."""
     from sais.tables import TABLES
 
     return TABLES

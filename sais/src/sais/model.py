@@ -100,7 +100,13 @@ class SAIS(nn.Module):
 
 
 class SAISHead(nn.Module):
-    """Class, centerness, box and coefficient outputs of two towers, shared by the levels."""
+    """Class, centerness, box and coefficient outputs of two towers, shared by the levels.
+
+    Pyramid levels [B, C, h, w] in, `RawOutput` of their P locations out (`forward`).
+
+    Args:
+        config: Widths, and whether coefficients are predicted and from what (`masks`, `fuse`).
+    """
 
     def __init__(self, config: SAISConfig):
         super().__init__()
