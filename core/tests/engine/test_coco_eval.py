@@ -45,6 +45,9 @@ def found(*squares: tuple[int, int, int], scores: list[float], labels: list[int]
 
 
 def pycocotools_stats(gt: COCO, results: list[dict], iou_type: str) -> list[float]:
+    """Of the results in the form that COCO's segm and bbox tasks ask for: masks without boxes, boxes without masks."""
+    other = {"segm": "bbox", "bbox": "segmentation"}[iou_type]
+    results = [{key: value for key, value in entry.items() if key != other} for entry in results]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(gt, gt.loadRes(results), iou_type)
         evaluation.evaluate()
@@ -193,6 +196,23 @@ def test_every_number_is_exactly_pycocotools_for_the_written_file(tmp_path):
     assert evaluate_results_file(path, dataset.coco_gt()) == metrics
 
 
+def test_a_mask_is_small_medium_or_large_by_its_own_area():
+    mask = torch.zeros(1, 60, 60, dtype=torch.bool)
+    mask[:, :50, :9] = mask[:, 41:50, :50] = True  # an L of 819 px, small, in a box of 50 x 50, medium
+    dog = torch.zeros(1, 60, 60, dtype=torch.bool)
+    dog[:, 10:30, 20:40] = True
+    rle = Masks.from_bool(dog).to_rle()[0]
+    one = {"id": 1, "image_id": 3, "category_id": 4, "bbox": [20, 10, 20, 20], "area": 400, "iscrowd": 0}
+    images = [{"id": 3, "height": 60, "width": 60, "file_name": "3.jpg"}]
+    evaluator = CocoEvaluator(coco_object(images, [one | {"segmentation": rle}], CATEGORIES), CATEGORIES)
+    boxes = torch.tensor([[0.0, 0, 50, 50], [20, 10, 40, 30]])
+    masks = Masks.from_bool(torch.cat([mask, dog]))
+    evaluator.add(3, Detections((60, 60), boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 0]), masks))
+    metrics = evaluator.summarize()
+    assert metrics["segm/APs"] == pytest.approx(0.5)  # the L is a false detection among the small ones
+    assert metrics["bbox/APs"] == pytest.approx(1)
+
+
 def test_class_aps_average_to_ap():
     dataset = ShapesDataset(12, split="val")
     metrics = noisy(dataset, np.random.default_rng(6)).summarize(per_class=True)
@@ -251,6 +271,33 @@ def test_foreign_results_are_checked_before_pycocotools_sees_them(tmp_path, cont
         evaluate_results_file(path, ground_truth())
     assert why in error.value.what
     assert str(path) in error.value.what
+
+
+def test_masks_are_counted_with_or_without_boxes_beside_them_and_compressed_or_not(tmp_path):
+    alone = {key: value for key, value in ENTRY.items() if key != "bbox"}
+    path = tmp_path / "results.json"
+    plain = {"size": [20, 20], "counts": [42, *[10, 10] * 9, 10, 168]}  # 10 x 10 px at 2, 2
+    compressed = Masks.from_rle([plain], (20, 20)).to_rle()[0]
+    for first, second in ((ENTRY, alone), (alone, ENTRY), (alone, alone)):
+        for rle in (plain, compressed):
+            path.write_text(json.dumps([first | {"segmentation": RLE, "score": 0.1}, second | {"segmentation": rle}]))
+            assert evaluate_results_file(path, ground_truth(), ("segm",))["segm/AP"] == pytest.approx(1)
+
+
+def test_boxes_without_masks_have_no_mask_ap(tmp_path):
+    boxes = Detections((20, 20), torch.tensor([[2.0, 2, 12, 12]]), torch.tensor([0.9]), torch.tensor([0]))
+    evaluator, other = (CocoEvaluator(ground_truth(), CATEGORIES) for _ in range(2))
+    evaluator.add(3, boxes)
+    metrics = evaluator.summarize(per_class=True)
+    assert metrics["bbox/AP"] == pytest.approx(1)
+    assert not [name for name in metrics if name.startswith("segm")]
+    other.merge(evaluator.results())
+    assert other.summarize(per_class=True) == metrics
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(evaluator.results()))
+    assert evaluate_results_file(path, ground_truth(), per_class=True) == metrics
+    with pytest.raises(DatasetError, match="not a COCO RLE"):
+        evaluate_results_file(path, ground_truth(), ("segm",))
 
 
 def test_an_empty_results_file_is_ap_0(tmp_path):

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.evaluate import evaluate
-from onestage.errors import DatasetError
+from onestage.errors import DatasetError, UsageError
 from onestage.masks import Masks
 from onestage.structures import Detections
 
@@ -46,6 +48,32 @@ def test_the_numbers_are_those_of_the_results(tiny):
     again = CocoEvaluator(data.coco_gt(), data.categories)
     again.merge(results)
     assert again.summarize() == metrics
+
+
+def test_a_model_without_masks_has_no_mask_ap(tiny):
+    class Boxes(Oracle):
+        def square(self, bright):
+            return replace(super().square(bright), masks=None)
+
+    metrics, results = evaluate(Boxes(), tiny.TinySet(7), progress=False)
+    assert metrics["bbox/AP"] == pytest.approx(1)
+    assert "segm/AP" not in metrics
+    assert "segmentation" not in results[0]
+    with pytest.raises(UsageError, match="finds boxes and no masks"):
+        evaluate(Boxes(), tiny.TinySet(7), iou_types=("segm",), progress=False)
+
+
+def test_the_ground_truth_is_made_once(tiny):
+    class Counting(tiny.TinySet):
+        made = 0
+
+        def coco_gt(self):
+            self.made += 1
+            return super().coco_gt()
+
+    data = Counting(3)
+    evaluate(Oracle(), data, progress=False)
+    assert data.made == 1
 
 
 def test_no_images_is_an_error_not_a_zero(tiny):

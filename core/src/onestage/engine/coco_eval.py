@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from onestage.data.coco import coco_object
-from onestage.data.validate import read_json
+from onestage.data.validate import mask_of, read_json
 from onestage.errors import DatasetError, MachineError, some
 from onestage.masks import rle_counts
 from onestage.structures import Detections
@@ -35,7 +34,7 @@ class CocoEvaluator:
     Args:
         gt: Ground truth (`dataset.coco_gt()`).
         categories: (id, name) of the labels of the detections. Where they differ from the ground truth's, names decide.
-        iou_types: Any of `bbox`, `segm`.
+        iou_types: Any of `bbox`, `segm`; the second is left out once detections without masks are added.
         max_dets: How many detections of an image AR looks at; AP takes the last.
         backend: What counts.
 
@@ -65,6 +64,8 @@ class CocoEvaluator:
         Args:
             detections: On any device: from a GPU only the run lengths of their masks are copied.
         """
+        if detections.masks is None:
+            self.iou_types = tuple(kind for kind in self.iou_types if kind != "segm")
         rles = detections.masks.to_rle() if detections.masks is not None and "segm" in self.iou_types else None
         detections = replace(detections, masks=None, soft_masks=None).to("cpu")
         boxes = detections.boxes.double()
@@ -87,6 +88,7 @@ class CocoEvaluator:
         self._by_image |= {image_id: [] for image_id in replaced}
         for result in results:
             self._by_image[result["image_id"]].append(dict(result))
+        self.iou_types = countable(results, self.iou_types)
 
     def results(self, iou_type: str | None = None) -> list[dict[str, Any]]:
         """All detections as COCO results, by image id, with the data set's category ids; plain JSON values.
@@ -103,8 +105,8 @@ class CocoEvaluator:
 
         Returns:
             `bbox/AP`, `bbox/AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100` (for `max_dets`), `ARs`, `ARm`,
-            `ARl`, the same for `segm`, and with `per_class` also `segm/AP/<name>`; 0 to 1, -1 where there is no ground
-            truth to count on.
+            `ARl`, the same for `segm` where detections have masks, and with `per_class` also `segm/AP/<name>`; 0 to 1,
+            -1 where there is no ground truth to count on.
         """
         metrics: dict[str, float] = {}
         for iou_type in self.iou_types:
@@ -113,6 +115,12 @@ class CocoEvaluator:
             )
             metrics |= {f"{iou_type}/{key}": value for key, value in one.items()}
         return metrics
+
+
+def countable(results: Sequence[Mapping[str, Any]], iou_types: Sequence[str]) -> tuple[str, ...]:
+    """The IoU types but `segm`, if there are results and none of them has a mask."""
+    maskless = bool(results) and not any("segmentation" in entry for entry in results)
+    return tuple(kind for kind in iou_types if not (maskless and kind == "segm"))
 
 
 def ranked_for(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
@@ -150,6 +158,9 @@ def average_precision(
 ) -> dict[str, float]:
     """COCO's evaluation of results that are known to be sound.
 
+    As in a results file of COCO's segm task, boxes are no part of what `segm` is counted on: a detection is small,
+    medium or large by the area of its mask there.
+
     Args:
         gt: Ground truth.
         results: COCO results; none at all is AP 0.
@@ -161,13 +172,22 @@ def average_precision(
     Returns:
         `AP`, `AP50`, ... as in `CocoEvaluator.summarize`, without the IoU type.
     """
-    # loadRes completes the entries in place, and reads the first of them to know what they are.
+    # loadRes completes the entries in place, and takes all of them for what the first one is.
+    entries = [_mask_alone(entry) if iou_type == "segm" else dict(entry) for entry in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        found = gt.loadRes(copy.deepcopy(list(results))) if results else coco_object([], [], _categories_of(gt))
+        found = gt.loadRes(entries) if entries else coco_object([], [], _categories_of(gt))
     evaluation = counting(gt, found, iou_type)
     evaluation.params.maxDets = list(max_dets)
     run_silently(evaluation)
     return metrics_of(evaluation, per_class=per_class)
+
+
+def _mask_alone(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry without its box, its run lengths compressed: of others pycocotools cannot count the area."""
+    rle = entry["segmentation"]
+    if isinstance(rle["counts"], list):
+        rle = mask_of(rle, tuple(rle["size"]))
+    return {key: value for key, value in entry.items() if key != "bbox"} | {"segmentation": rle}
 
 
 def run_silently(evaluation: COCOeval) -> None:
@@ -208,7 +228,8 @@ def evaluate_results_file(
     Args:
         path: The JSON list.
         gt: Ground truth (`dataset.coco_gt()`).
-        iou_types: Any of `bbox`, `segm`; those the file has no data for are an error.
+        iou_types: Any of `bbox`, `segm`. Beside `bbox`, `segm` is left out where no entry has a mask; otherwise those
+            the file has no data for are an error.
         max_dets: As in `CocoEvaluator`.
         per_class: As in `CocoEvaluator.summarize`.
         backend: What counts.
@@ -218,7 +239,10 @@ def evaluate_results_file(
         DatasetError: no results, or entries that do not fit the data set or cannot be decoded.
     """
     evaluation = counting(backend)
-    results = check_results(read_json(path), gt, iou_types, f"results '{path}'")
+    content = read_json(path)
+    if "bbox" in iou_types and isinstance(content, list) and all(isinstance(entry, dict) for entry in content):
+        iou_types = countable(content, iou_types)
+    results = check_results(content, gt, iou_types, f"results '{path}'")
     metrics: dict[str, float] = {}
     for iou_type in iou_types:
         ranked = ranked_for(results, iou_type)

@@ -19,7 +19,7 @@ from onestage.engine import distributed
 from onestage.engine.coco_eval import Backend, CocoEvaluator
 from onestage.engine.guard import autocast
 from onestage.engine.ytvis_eval import VideoEvaluator
-from onestage.errors import DatasetError, UserError
+from onestage.errors import DatasetError, UsageError, UserError
 from onestage.structures import Detections
 
 
@@ -49,7 +49,7 @@ def evaluate(
         precision: fp32 or bf16.
         workers: Processes that read images.
         batch_size: Images per forward pass.
-        iou_types: bbox, segm.
+        iou_types: bbox, segm; the second is left out where detections have no masks.
         max_dets: Detections per image that count.
         per_class: Also AP for each category.
         categories: (id, name) of the labels the model gives; None: the data set's.
@@ -59,12 +59,16 @@ def evaluate(
     Returns:
         Metrics by name, such as "segm/AP", and the results in COCO's JSON form. Of a model that refines boxes,
         "unrefined_bbox/AP" and so on say how good they were before.
+
+    Raises:
+        DatasetError: no images.
+        UsageError: masks alone are asked for, and the model finds none.
     """
     if len(dataset) == 0:
         raise DatasetError("the data set to evaluate on has no images", "check the annotations and their folder")
-    labels = categories or dataset.categories
-    evaluator = CocoEvaluator(dataset.coco_gt(), labels, iou_types, max_dets, backend)
-    before = CocoEvaluator(dataset.coco_gt(), labels, ("bbox",), max_dets, backend)
+    labels, gt = categories or dataset.categories, dataset.coco_gt()
+    evaluator = CocoEvaluator(gt, labels, iou_types, max_dets, backend)
+    before = CocoEvaluator(gt, labels, ("bbox",), max_dets, backend)
     if device is not None:
         model.to(device)
     where = next(model.parameters()).device
@@ -98,7 +102,10 @@ def evaluate(
         metrics = evaluator.summarize(per_class)
         if before.results():
             metrics |= {f"unrefined_{name}": value for name, value in before.summarize().items()}
-    return distributed.broadcast(metrics), evaluator.results()
+    metrics = distributed.broadcast(metrics)
+    if not metrics:
+        raise UsageError("the model finds boxes and no masks", "evaluate --iou-types bbox")
+    return metrics, evaluator.results()
 
 
 def evaluate_videos(
