@@ -32,14 +32,14 @@ class Instances:
     Args:
         boxes: [N, 4] float xyxy, image pixels.
         labels: [N] int64, 0..K-1.
-        masks: [N, H, W] bool.
+        masks: [N, H, W] bool, or None where only boxes are known; then these are drawn.
         scores: [N] float in 0..1, or None for ground truth.
         unrefined_boxes: [N, 4] where a method moved boxes; then both are drawn.
     """
 
     boxes: Tensor
     labels: Tensor
-    masks: Tensor
+    masks: Tensor | None
     scores: Tensor | None = None
     unrefined_boxes: Tensor | None = None
 
@@ -70,11 +70,10 @@ def draw(
     factor = width / image.shape[-1]
     size = (max(1, round(image.shape[-2] * factor)), width)
     canvas = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
-    for index in reversed(range(len(instances))):  # the best one last, on top
+    masks = () if instances.masks is None else instances.masks
+    for index in reversed(range(len(masks))):  # the best one last, on top
         colour = torch.tensor(colour_of(int(instances.labels[index])), dtype=torch.float32)[:, None, None]
-        soft = F.interpolate(
-            instances.masks[index][None, None].float(), size=size, mode="bilinear", align_corners=False
-        )
+        soft = F.interpolate(masks[index][None, None].float(), size=size, mode="bilinear", align_corners=False)
         inside = soft[0] > 0.5  # [1, h, w]
         grown = F.max_pool2d(inside.float(), 5, stride=1, padding=2) > 0
         grey = canvas.mean(dim=0, keepdim=True)  # the object's own colour would hide the category's
@@ -83,7 +82,7 @@ def draw(
     picture = Image.fromarray(canvas.round().to(torch.uint8).permute(1, 2, 0).numpy())
     if instances.unrefined_boxes is not None:
         _draw_boxes(picture, instances, factor)
-    elif boxes:
+    elif boxes or instances.masks is None:
         pen = ImageDraw.Draw(picture)
         for box, label in zip((instances.boxes * factor).tolist(), instances.labels.tolist(), strict=True):
             pen.rectangle(tuple(box), outline=colour_of(label), width=2)

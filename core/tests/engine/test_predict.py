@@ -121,6 +121,28 @@ def test_every_form_of_image_gives_the_same(predictor, tmp_path):
         assert torch.equal(to_tensor(source), tensor)
 
 
+def test_a_picture_of_16_bit_grey_is_the_same_from_its_file_and_from_memory(tmp_path):
+    grey = Image.fromarray(np.arange(48, dtype=np.uint16).reshape(8, 6) * 1024)
+    grey.save(tmp_path / "grey.png")
+    assert to_tensor(grey)[0].flatten()[[0, 1, 47]].tolist() == [0, 4, 188]
+    assert torch.equal(to_tensor(grey), to_tensor(tmp_path / "grey.png"))
+
+
+def test_a_result_without_masks_has_entries_and_is_drawn(predictor, monkeypatch):
+    image = torch.full((3, 80, 60), 100, dtype=torch.uint8)
+    found = predictor(image)
+    result = Result(replace(found.detections, masks=None), CATEGORIES)
+    assert (result.masks, result.rle) == (None, None)
+    entries = [dict(entry) for entry in found.to_coco(1)]
+    assert result.to_coco(1) == [{k: v for k, v in e.items() if k != "segmentation"} for e in entries]
+    assert torch.equal(result.draw(image, boxes=False), image)
+    assert not torch.equal(result[:2].draw(image), image)
+    module = ModuleType("supervision")
+    module.Detections = lambda **fields: fields
+    monkeypatch.setitem(sys.modules, "supervision", module)
+    assert result.to_supervision()["mask"] is None
+
+
 def test_orientation_tags_are_applied(predictor, tmp_path):
     image = Image.new("RGB", (6, 8))
     exif = image.getexif()

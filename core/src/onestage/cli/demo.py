@@ -91,7 +91,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
             ),
             label=LABEL,
             numbers=[
-                ("mask AP", f"{100 * metrics['segm/AP']:.1f}"),
+                *([("mask AP", f"{100 * metrics['segm/AP']:.1f}")] if "segm/AP" in metrics else []),
                 *_box_numbers(metrics),
                 ("training, min", f"{result.seconds / 60:.1f}"),
                 ("parameters, million", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"),
@@ -141,11 +141,12 @@ def _examples(model: Any, held_out: Any) -> list[Example]:
         image, truth = held_out[index]
         found = model.detect([image.to(device)])[0].to("cpu")
         found = found[found.scores >= SHOWN_SCORE]
+        masks = None if found.masks is None else found.masks.to_bool()
         examples.append(
             Example(
                 image,
                 Instances(truth.boxes, truth.labels, truth.masks.bool()),
-                Instances(found.boxes, found.labels, found.masks.to_bool(), found.scores, found.unrefined_boxes),
+                Instances(found.boxes, found.labels, masks, found.scores, found.unrefined_boxes),
             )
         )
     return examples

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from onestage.config import config_from_dict
-from onestage.data.coco import read_image
+from onestage.data.coco import _rgb, read_image
 from onestage.data.validate import MAX_PIXELS
 from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.distributed import pick_device
@@ -45,7 +45,7 @@ class Result:
     """What was found in one image, N instances, scores descending; `result[keep]` selects.
 
     Args:
-        detections: Boxes xyxy, scores, labels and masks, on the CPU, in image pixels.
+        detections: Boxes xyxy, scores, labels and masks (of a model that has them), on the CPU, in image pixels.
         categories: (id, name) of each label 0..K-1, as in the data set the weights learned from.
     """
 
@@ -97,25 +97,25 @@ class Result:
         return self.detections.track_ids
 
     @property
-    def masks(self) -> Masks:
-        """N masks; `to_bool`, `to_rle`, `to_polygons`, `to_bits` give other forms."""
-        assert self.detections.masks is not None
+    def masks(self) -> Masks | None:
+        """N masks; `to_bool`, `to_rle`, `to_polygons`, `to_bits` give other forms. None of a model that finds boxes."""
         return self.detections.masks
 
     @property
-    def rle(self) -> list[dict[str, Any]]:
-        """COCO run lengths of the masks."""
-        return self.masks.to_rle()
+    def rle(self) -> list[dict[str, Any]] | None:
+        """COCO run lengths of the masks; None without masks."""
+        return None if self.masks is None else self.masks.to_rle()
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Entries of a COCO results file."""
-        entries = []
-        rows = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist(), self.rle, strict=True)
-        for category_id, (x1, y1, x2, y2), score, rle in rows:
+        """Entries of a COCO results file; without masks they have no `segmentation`."""
+        entries: list[dict[str, Any]] = []
+        rows = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist(), strict=True)
+        for category_id, (x1, y1, x2, y2), score in rows:
             bbox = [x1, y1, x2 - x1, y2 - y1]
-            entries.append(
-                {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score, "segmentation": rle}
-            )
+            entries.append({"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score})
+        if self.masks is not None:
+            for entry, rle in zip(entries, self.masks.to_rle(), strict=True):
+                entry["segmentation"] = rle
         return entries
 
     def to_supervision(self) -> Any:
@@ -126,14 +126,14 @@ class Result:
             raise MachineError("supervision is not installed", "pip install supervision") from error
         return supervision.Detections(
             xyxy=self.boxes.numpy(),
-            mask=self.masks.to_bool().numpy(),
+            mask=None if self.masks is None else self.masks.to_bool().numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),
             data={"class_name": np.array(self.names)},
         )
 
     def draw(self, image: ImageLike, *, opacity: float = 0.5, boxes: bool = True) -> Tensor:
-        """The image with masks, boxes, names and scores on it; an object of a video keeps its colour and number.
+        """The image with masks (if any), boxes, names and scores on it; objects of a video keep colour and number.
 
         Args:
             image: The image the result is of.
@@ -151,12 +151,8 @@ class Result:
             )
         numbers = range(len(self)) if self.track_ids is None else self.track_ids.tolist()
         colours = [PALETTE[number % len(PALETTE)] for number in numbers]
-        for index in reversed(range(len(self))):  # the best on top
-            x0, y0, x1, y1 = self.masks.windows[index].tolist()
-            if x1 > x0 and y1 > y0:
-                window = self.masks[index].pixels.reshape(x1 - x0, y1 - y0).T
-                part = canvas[:, y0:y1, x0:x1]
-                part[:] = draw_segmentation_masks(part, window, alpha=opacity, colors=[colours[index]])
+        if self.masks is not None:
+            _draw_masks(canvas, self.masks, colours, opacity)
         if boxes and len(self):
             texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
             if self.track_ids is not None:
@@ -382,7 +378,7 @@ def to_tensor(source: ImageLike, *, max_pixels: float = MAX_PIXELS) -> Tensor:
     if isinstance(source, (str, Path)):
         return read_image(Path(source), max_pixels=max_pixels)
     if isinstance(source, Image.Image):
-        source = np.asarray(ImageOps.exif_transpose(source).convert("RGB"))
+        source = _rgb(ImageOps.exif_transpose(source))
     if isinstance(source, np.ndarray):
         array = source[:, :, None].repeat(3, 2) if source.ndim == 2 else source
         if array.ndim != 3 or array.shape[2] not in (3, 4):
@@ -395,6 +391,16 @@ def to_tensor(source: ImageLike, *, max_pixels: float = MAX_PIXELS) -> Tensor:
     if source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
         raise UsageError(f"image tensor is {tuple(source.shape)}", "give [3, height, width] RGB")
     return source.detach()
+
+
+def _draw_masks(canvas: Tensor, masks: Masks, colours: Sequence[tuple[int, int, int]], opacity: float) -> None:
+    """Fills the masks in `canvas` [3, H, W] uint8, the best on top."""
+    for index in reversed(range(len(masks))):
+        x0, y0, x1, y1 = masks.windows[index].tolist()
+        if x1 > x0 and y1 > y0:
+            window = masks[index].pixels.reshape(x1 - x0, y1 - y0).T
+            part = canvas[:, y0:y1, x0:x1]
+            part[:] = draw_segmentation_masks(part, window, alpha=opacity, colors=[colours[index]])
 
 
 def _to_uint8(image: Tensor) -> Tensor:
