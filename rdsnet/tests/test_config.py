@@ -59,6 +59,7 @@ def test_table_3_is_three_trained_networks_and_yolact():
     assert [row.train_crop for row in (S_PLAIN, S_TE, S_TE_OHEM)] == [0.0, 0.25, 0.25]
     assert [row.ohem for row in (S_PLAIN, S_TE, S_TE_OHEM)] == [None, None, 1.0]
     assert VARIANTS["s"] == S_TE_OHEM_IE
+    assert {row.input.augmentation for row in (YOLACT, S_PLAIN, S_TE, S_TE_OHEM)} == {"yolact"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -73,6 +74,7 @@ def test_every_variant_builds_and_survives_json(name):
     "changes",
     [
         {"masks": "lc"},
+        {"detector": "yolact", "masks": "none"},
         {"masks": "none", "inference": InferenceConfig(refine="mbrm")},
         {"detector": "yolact", "inference": InferenceConfig(refine="direct")},
     ],

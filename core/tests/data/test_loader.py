@@ -179,10 +179,22 @@ def test_every_box_keeps_the_drawn_iou_with_the_crop(monkeypatch):
     boxes = torch.tensor([[0.0, 0, 90, 100], [10, 0, 100, 100]])
     target = Target(boxes, torch.zeros(2).long(), torch.ones(2, 100, 100).byte(), torch.zeros(2).bool())
     for seed in range(20):
-        window = seeded(loader._random_crop, seed, (0, 0, 100, 100), boxes)
+        window = seeded(loader._random_crop, seed, (0, 0, 100, 100), boxes, True)
         assert loader.box_iou(boxes, torch.tensor([window]).float()).min() >= 0.7
         assert 0.5 <= (window[3] - window[1]) / (window[2] - window[0]) <= 2
     assert len(seeded(expand_and_crop, 0, image[:, :, :], target, (0, 0, 0))[1]) == 2
+
+
+def test_yolacts_crop_is_held_to_a_centre_and_to_no_iou(monkeypatch):
+    monkeypatch.setattr(loader, "CROP_MODES", (None, 0.9))
+    image, target = sample()
+    target = replace(target, boxes=torch.tensor([[1.0, 2.0, 2.0, 3.0]]))  # a pixel: no crop has that IoU with it
+    cropped = {}
+    for name in ("ssd", "yolact"):
+        made = [seeded(augment(replace(SSD, augmentation=name)), seed, image, target) for seed in range(20)]
+        assert all(len(moved) == 1 for _, moved in made)
+        cropped[name] = sum(changed.shape[-1] < 8 for changed, _ in made)
+    assert cropped["ssd"] == 0 < cropped["yolact"]
 
 
 def test_instances_whose_centre_is_cut_off_are_dropped():
@@ -208,7 +220,7 @@ def test_the_canvas_is_filled_with_the_mean_in_rgb():
     assert (123, 116, 103) in corners
 
 
-@pytest.mark.parametrize("augmentation", ["flip", "ssd"])
+@pytest.mark.parametrize("augmentation", ["flip", "ssd", "yolact"])
 def test_batches_do_not_depend_on_workers_or_on_the_global_random_state(augmentation):
     config = InputConfig(augmentation=augmentation)
 

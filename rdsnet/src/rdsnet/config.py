@@ -77,6 +77,10 @@ class RDSNetConfig:
             raise UsageError(
                 "masks 'lc' with detector 'retinanet'", "the linear combination belongs to detector 'yolact'"
             )
+        if self.masks == "none" and self.detector == "yolact":
+            raise UsageError(
+                "masks 'none' with detector 'yolact'", "boxes alone are detector 'retinanet'; here use 'corr' or 'lc'"
+            )
         if self.inference.refine != "none" and (self.detector == "yolact" or self.masks == "none"):
             raise UsageError(
                 f"inference.refine '{self.inference.refine}' with detector '{self.detector}' and masks '{self.masks}'",
@@ -120,7 +124,7 @@ YOLACT = RDSNetConfig(
         pad_multiple=1,
         mean=(123.68, 116.78, 103.94),
         std=(58.40, 57.12, 57.38),
-        augmentation="ssd",
+        augmentation="yolact",
     ),
     inference=InferenceConfig(mask_threshold=0.5),
     schedule=ScheduleConfig(
@@ -143,6 +147,10 @@ S_TE_IE = replace(S_TE_OHEM_IE, ohem=None)
 S_TE = replace(S_TE_OHEM, ohem=None)
 S_IE = replace(S_TE_IE, train_crop=0.0)
 S_PLAIN = replace(S_TE, train_crop=0.0)
+
+# Figure 5: s and gamma of MBRM; the grid is ours. Its baseline is gamma 0.
+REACHES = (1, 2, 3, 4, 5, 6)
+GAMMAS = (0.01, 0.02, 0.05, 0.1, 0.15)
 
 # Trained from nothing on a laptop: BN learns.
 SMALL = RDSNetConfig(

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from onestage.cli.flags import Call, Data, Switch, Talk, parse_flags
 from onestage.errors import UsageError, WeightsError
+from rdsnet.config import GAMMAS, REACHES
 
 if TYPE_CHECKING:
     from rdsnet.model import RDSNet
 
 logger = logging.getLogger("onestage")
-
-REACHES = (1, 2, 3, 4, 5, 6)  # s and gamma of Figure 5
-GAMMAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ def _sweep(model: Any, samples: Any, dataset: Any, options: Any, quiet: bool) ->
 
     kernels, evaluators = {}, {}
     for reach in REACHES:
-        for gamma in GAMMAS:
+        for gamma in (0.0, *GAMMAS):
             config = replace(model.config.refine, reach=reach, gamma=gamma)
             kernels[reach, gamma] = fit(samples, config, options)
             evaluators[reach, gamma] = CocoEvaluator(dataset.coco_gt(), dataset.categories, iou_types=("bbox",))
@@ -130,7 +128,7 @@ def _sweep(model: Any, samples: Any, dataset: Any, options: Any, quiet: bool) ->
         (seen,) = observe(model, [image.to(device)])
         for (reach, gamma), (weight, bias) in kernels.items():
             boxes = refine_boxes(seen.profiles, seen.boxes, weight.to(device), bias.to(device), gamma)
-            evaluators[reach, gamma].add(target.image_id, seen.refined(boxes).to("cpu"))
+            evaluators[reach, gamma].add(target.image_id, seen.refined(boxes))
     return [
         {"s": reach, "gamma": gamma, **{key: metrics[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")}}
         for (reach, gamma), evaluator in evaluators.items()
@@ -139,7 +137,7 @@ def _sweep(model: Any, samples: Any, dataset: Any, options: Any, quiet: bool) ->
 
 
 def _say(rows: list[dict[str, float]]) -> None:
-    logger.info("box AP   %s", "".join(f"gamma {gamma:<6g}" for gamma in GAMMAS))
+    logger.info("box AP   %s", "".join(f"gamma {gamma:<6g}" for gamma in (0.0, *GAMMAS)))
     for reach in REACHES:
         logger.info("s = %d    %s", reach, "".join(f"{100 * row['AP']:<12.1f}" for row in rows if row["s"] == reach))
 

@@ -288,7 +288,8 @@ def augment(config: InputConfig) -> Augmentation:
     def ssd(image: Tensor, target: Target) -> Sample:
         if target.reference is not None:
             raise UsageError("pairs of frames cannot be cropped apart", "use --input.augmentation flip")
-        return random_flip(*expand_and_crop(photometric(image), target, mean))
+        check_iou = config.augmentation == "ssd"
+        return random_flip(*expand_and_crop(photometric(image), target, mean, check_iou))
 
     return ssd
 
@@ -312,7 +313,7 @@ def random_flip(image: Tensor, target: Target) -> Sample:
     return image.flip(-1), replace(target, boxes=boxes, masks=masks, polygons=polygons, reference=reference)
 
 
-def expand_and_crop(image: Tensor, target: Target, fill: Sequence[float]) -> Sample:
+def expand_and_crop(image: Tensor, target: Target, fill: Sequence[float], check_iou: bool = True) -> Sample:
     """SSD's two steps: a larger canvas around the image (probability 0.5), then a crop that boxes lie well inside.
 
     The canvas is never built: the crop is cut from the image and filled where it goes beyond. torchvision's
@@ -322,6 +323,8 @@ def expand_and_crop(image: Tensor, target: Target, fill: Sequence[float]) -> Sam
         image: [3, H, W] uint8.
         target: In the same pixels; at least one instance stays if there was one.
         fill: Colour outside the image, 0..255 RGB.
+        check_iou: False: a crop has to hold the centre of one instance and no more, as in YOLACT's code, whose test of
+            the IoU always passes.
     """
     height, width = image.shape[-2:]
     window = (0, 0, width, height)  # x0, y0, x1, y1 in image pixels
@@ -330,11 +333,11 @@ def expand_and_crop(image: Tensor, target: Target, fill: Sequence[float]) -> Sam
         left, top = int(_uniform(0, width * ratio - width)), int(_uniform(0, height * ratio - height))
         window = (-left, -top, int(width * ratio) - left, int(height * ratio) - top)
     boxes = target.boxes[~target.iscrowd]
-    window = _random_crop(window, boxes) or window
+    window = _random_crop(window, boxes, check_iou) or window
     return _cut(image, target, window, fill)
 
 
-def _random_crop(canvas: tuple[int, int, int, int], boxes: Tensor) -> tuple[int, int, int, int] | None:
+def _random_crop(canvas: tuple[int, int, int, int], boxes: Tensor, check_iou: bool) -> tuple[int, int, int, int] | None:
     """A window of the canvas for a mode drawn at random; a mode that finds none draws another, as published."""
     width, height = canvas[2] - canvas[0], canvas[3] - canvas[1]
     while True:
@@ -349,7 +352,9 @@ def _random_crop(canvas: tuple[int, int, int, int], boxes: Tensor) -> tuple[int,
             window = (x0, y0, x0 + max(1, int(w)), y0 + max(1, int(h)))
             if not len(boxes):
                 return window
-            if box_iou(boxes, boxes.new_tensor([window])).min() >= least and _centre_inside(boxes, window).any():
+            if check_iou and box_iou(boxes, boxes.new_tensor([window])).min() < least:
+                continue
+            if _centre_inside(boxes, window).any():
                 return window
 
 
