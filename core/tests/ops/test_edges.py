@@ -70,6 +70,18 @@ def test_gamma_zero_changes_nothing():
     assert torch.equal(refine_boxes(profiles, boxes, RELEASED, BIAS, 0.0), boxes)
 
 
+def test_boxes_do_not_move_otherwise_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(200, 2, generator=generator) * 15
+    boxes = torch.cat((corner, corner + 5 + torch.rand(200, 2, generator=generator) * 10), 1)
+    profiles = Profiles(*(torch.rand(200, extent, generator=generator) for extent in (40, 30)))
+    inputs = (profiles.columns, profiles.rows, boxes, RELEASED, BIAS, 0.3)
+    expected = refine_boxes(profiles, *inputs[2:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(refine_boxes(profiles, *inputs[2:]), expected)
+        assert torch.equal(torch.ops.onestage.refine_boxes(*inputs), expected)
+
+
 def test_no_detections():
     profiles = Profiles(torch.zeros(0, 40), torch.zeros(0, 30))
     assert refine_boxes(profiles, torch.zeros(0, 4), RELEASED, BIAS, 0.05).shape == (0, 4)

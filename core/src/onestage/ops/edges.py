@@ -177,7 +177,8 @@ def refine_boxes(profiles: Profiles, boxes: Tensor, weight: Tensor, bias: Tensor
     if wants_triton(boxes) or torch.compiler.is_compiling():
         inputs = (value.float() for value in (profiles.columns, profiles.rows, boxes, weight, bias))
         return _refine_op(*inputs, gamma).to(boxes.dtype)
-    return refine_boxes_torch(profiles, boxes, weight, bias, gamma)
+    with torch.autocast(boxes.device.type, enabled=False):
+        return refine_boxes_torch(profiles, boxes, weight, bias, gamma)
 
 
 @torch.library.custom_op(
@@ -191,7 +192,8 @@ def _refine_op(columns: Tensor, rows: Tensor, boxes: Tensor, weight: Tensor, bia
         from onestage.ops.triton.edges import refine_boxes_triton
 
         return refine_boxes_triton(columns, rows, boxes, weight, bias, gamma, LEAST_DEVIATION, PRIOR_CUT)
-    return refine_boxes_torch(Profiles(columns, rows), boxes, weight, bias, gamma)
+    with torch.autocast(boxes.device.type, enabled=False):
+        return refine_boxes_torch(Profiles(columns, rows), boxes, weight, bias, gamma)
 
 
 @_refine_op.register_fake
