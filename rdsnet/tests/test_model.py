@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from onestage.nn.towers import flatten_levels
 from rdsnet.config import DEMO, S_TE_OHEM_IE, YOLACT, InferenceConfig
+from rdsnet.decode import Correlation
 from rdsnet.method import build
 from rdsnet.model import RDSNet
 
@@ -99,6 +100,22 @@ def test_every_public_form_of_masks(config, form):
         assert found["masks"].shape == (count, 1, 16, 16)
 
 
+@pytest.mark.parametrize("form", ["bool", "prob", "lowres", "rle"])
+@pytest.mark.parametrize("config", [TINY, TINY_YOLACT, TINY_SMALL], ids=["corr", "lc", "small"])
+def test_every_form_of_masks_of_an_image_without_detections(config, form):
+    model = build(replace(config, inference=replace(config.inference, score_threshold=1.0))).eval()
+    model.mask_output = form
+    images, _ = scene()
+    for image, found in zip(images, model(images), strict=True):
+        assert len(found["boxes"]) == 0
+        if form == "rle":
+            assert found["masks"] == []
+        else:
+            whole = tuple(image.shape[1:])
+            shapes = {"bool": (0, *whole), "prob": (0, 1, *whole), "lowres": (0, 1, 16, 16)}
+            assert found["masks"].shape == shapes[form]
+
+
 @pytest.mark.parametrize("config", [TINY, TINY_YOLACT, TINY_SMALL], ids=["corr", "lc", "small"])
 def test_binary_masks_are_the_soft_ones_above_the_threshold(config):
     torch.manual_seed(0)
@@ -129,6 +146,16 @@ def test_refined_boxes_come_with_the_regressed_ones(refine, frame):
     boxes_only = model.detect(images, masks=False)
     assert torch.equal(boxes_only[0].boxes, refined[0].boxes)
     assert "unrefined_boxes" in model(images)[0]
+
+
+def test_correlation_is_computed_in_float32_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    correlation = Correlation(
+        torch.randn(8, 5, 6, generator=generator).bfloat16(), torch.randn(3, 8, generator=generator).bfloat16()
+    )
+    expected = correlation.logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(correlation.logits(), expected)
 
 
 def test_object_vectors_at_anchors_are_those_of_the_dense_conv():

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from onestage.nn.retinanet import IGNORED, NEGATIVE
 from onestage.structures import Target
 from rdsnet.config import YOLACT, YolactConfig
-from rdsnet.small import SmallOutput, crop, in_image, relative_anchors
-from rdsnet.small_losses import class_loss, match_anchors, on_grid, semantic_loss
+from rdsnet.small import SmallOutput, crop, relative_anchors, whole_pixels
+from rdsnet.small_losses import class_loss, compute_losses, match_anchors, on_grid, semantic_loss
 
 
 def test_published_anchors_are_squares_and_19248_of_them():
@@ -64,7 +64,7 @@ def test_the_class_loss_takes_three_hard_negatives_for_a_positive():
 
 def test_boxes_in_whole_pixels():
     boxes = torch.tensor([[0.1, 0.26, 0.55, 0.9], [0.5, 0.5, 0.2, 1.3], [-0.2, 0.0, 0.1, 0.1]])
-    assert in_image(boxes, (50, 101)).tolist() == [[10, 13, 55, 45], [20, 25, 50, 50], [0, 0, 10, 5]]
+    assert whole_pixels(boxes, (50, 101)).tolist() == [[10, 13, 55, 45], [20, 25, 50, 50], [0, 0, 10, 5]]
 
 
 def test_a_crop_has_one_cell_more_on_each_side():
@@ -81,3 +81,27 @@ def test_the_semantic_target_is_the_union_by_class(count):
     wrong = 20 * 0.5 if count else 0.0  # half of one class' cells, at 20 each
     torch.testing.assert_close(semantic_loss(raw, [target]), torch.tensor(wrong), atol=1e-6, rtol=1e-6)
     assert on_grid(masks, (4, 4)).flatten(1).sum(1).tolist() == [8] * count
+
+
+def test_under_autocast_the_losses_of_rounded_outputs_are_not_rounded():
+    config = replace(YOLACT, num_classes=3, yolact=replace(YOLACT.yolact, anchor_sides=(24.0,)))
+    generator = torch.Generator().manual_seed(0)
+    anchors = relative_anchors([(4, 4)], (64, 64), config)
+
+    def rounded(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    count = len(anchors)
+    raw = SmallOutput(
+        rounded(1, count, 4), rounded(1, count, 4), anchors, [], rounded(1, 8, 16, 16), rounded(1, 3, 4, 4)
+    )
+    vectors = rounded(count, 8)
+    boxes = torch.tensor([[5.0, 8.0, 31.0, 30.0], [30.0, 33.0, 50.0, 60.0]])
+    masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[0, 8:30, 5:31] = masks[1, 33:60, 30:50] = 1
+    targets = [Target(boxes, torch.tensor([0, 2]), masks, torch.zeros(2, dtype=torch.bool))]
+    whole = SmallOutput(*(part.float() if isinstance(part, torch.Tensor) else part for part in raw))
+    expected = compute_losses(whole, targets, lambda _, index: vectors[index].float(), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = compute_losses(raw, targets, lambda _, index: vectors[index], config)
+    torch.testing.assert_close(ours, expected)

@@ -5,14 +5,14 @@ from onestage.structures import ImageFrame, Target
 from rdsnet.config import R50
 from rdsnet.decode import own_padded_size
 from rdsnet.model import RawOutput
-from rdsnet.targets import RDSNetTargets, assign_targets, in_image, mask_instances
+from rdsnet.targets import RDSNetTargets, anchors_in, assign_targets, mask_instances
 
 SIZES = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
 
 
 def test_cells_beyond_an_image_have_no_anchors_there():
     every = anchors(SIZES, STRIDES, legacy=True)
-    inside = in_image(SIZES, (96, 64), every).view(-1, 9)
+    inside = anchors_in((96, 64), SIZES, every).view(-1, 9)
     assert (inside == inside[:, :1]).all()
     counts = [int(level.sum()) for level in inside[:, 0].split([h * w for h, w in SIZES])]
     assert counts == [12 * 8, 6 * 4, 3 * 2, 2 * 1, 1]

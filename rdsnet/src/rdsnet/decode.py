@@ -36,7 +36,8 @@ class Correlation:
     Args:
         vectors: [d, h, w] pixel vectors, padding of other images cut off.
         contrasts: [N, d] foreground minus background vectors: of a softmax over two classes only that matters.
-        upsample: Input pixels per cell; bilinear, corners not aligned.
+        upsample: Factor of a first resize, from cells to input pixels: bilinear, corners not aligned. 1: there is none,
+            as in RDSNet_s, whose grid becomes the image in one resize.
         input_size: (height, width) that is kept of the upsampled grid, None: all of it.
         align_corners: Of the second resize, from there to the image.
     """
@@ -85,7 +86,8 @@ class Correlation:
 
     def logits(self) -> Tensor:
         """[N, h, w] log odds of the foreground on the vectors' grid, not cropped (Eq. 1 and 2)."""
-        return torch.einsum("nd,dhw->nhw", self.contrasts.float(), self.vectors.float())
+        with torch.autocast(self.vectors.device.type, enabled=False):
+            return torch.einsum("nd,dhw->nhw", self.contrasts.float(), self.vectors.float())
 
 
 def decode(
@@ -104,8 +106,8 @@ def decode(
         vectors_at: (image, anchors [N]) to background and foreground vectors [N, 2, d].
         mbrm: Moves boxes if `config.inference.refine` says so.
         config: Inference settings.
-        masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks`, cropped at image resolution or not
-            cropped at stride 4. A model without masks fills neither.
+        masks: `binary` fills `masks`; `soft` and `lowres` fill `soft_masks`: at image resolution and cropped, or on the
+            grid of the pixel vectors and not cropped. A model without masks fills neither.
     """
 
     def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
@@ -148,7 +150,14 @@ def select(
 
 
 def correlate(pixel_vectors: Tensor, vectors: Tensor, frame: ImageFrame, config: RDSNetConfig) -> Correlation:
-    """Pixel vectors [d, h, w] of one image of a batch and vectors [N, 2, d] of its detections."""
+    """What the masks of one image are made of.
+
+    Args:
+        pixel_vectors: [d, h, w] of one image of a batch, with the padding of the others.
+        vectors: [N, 2, d] background and foreground vectors of its detections.
+        frame: The image's.
+        config: Whose padding multiple counts.
+    """
     height, width = own_padded_size(frame, config)
     own = pixel_vectors[:, : height // PIXEL_STRIDE, : width // PIXEL_STRIDE]
     return Correlation(own, contrast(vectors), PIXEL_STRIDE, frame.input_size, align_corners=True)

@@ -57,7 +57,17 @@ def compute_losses(
 def mask_loss(
     raw: RawOutput, targets: RDSNetTargets, vectors_at: Callable[[int, Tensor], Tensor], config: RDSNetConfig
 ) -> Tensor:
-    """Mean over the drawn positives of all images, with one more in the denominator, as released."""
+    """Mean over the drawn positives of all images, with one more in the denominator, as released.
+
+    Args:
+        raw: Outputs for B images, with pixel vectors.
+        targets: What the anchors answer for, and the masks of B images.
+        vectors_at: (image, anchors [N]) to background and foreground vectors [N, 2, d], differentiable.
+        config: Crop and mining.
+
+    Returns:
+        [], connected to the pixel vectors even where no positive trains masks.
+    """
     assert raw.pixel_vectors is not None
     losses = []
     for i, masks in enumerate(targets.masks):
@@ -65,10 +75,7 @@ def mask_loss(
         instance = targets.anchors.index[i, chosen]
         vectors = raw.pixel_vectors[i, :, : masks.shape[1], : masks.shape[2]]
         boxes = targets.boxes[i][instance] / PIXEL_STRIDE
-        losses.append(
-            instance_losses(vectors, contrast(vectors_at(i, chosen)), boxes, masks, instance, config)
-            + 0 * raw.pixel_vectors[i].sum()
-        )
+        losses.append(instance_losses(vectors, contrast(vectors_at(i, chosen)), boxes, masks, instance, config))
     every = torch.cat(losses)
     count = normaliser(targets.anchors.index.new_tensor(len(every)), 1, config)
     return every.sum() / count + 0 * raw.pixel_vectors.sum()

@@ -129,7 +129,7 @@ class SmallHead(nn.Module):
         init_xavier(self)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Shared features per level, class logits [B, A, K + 1] and deltas [B, A, 4]."""
+        """Shared features [B, C, h, w] per level, class logits [B, A, K + 1] and deltas [B, A, 4]."""
         features = [self.shared(level) for level in levels]
         logits = flatten_levels([self.logits(feature) for feature in features], self.config.num_classes + 1)
         return features, logits, flatten_levels([self.deltas(feature) for feature in features], 4)
@@ -181,12 +181,15 @@ def decode(
     config: RDSNetConfig,
     masks: MaskForm = "binary",
 ) -> list[Detections]:
-    """Detections of B images; arguments as of `rdsnet.decode.decode`."""
+    """Detections of B images; arguments as of `rdsnet.decode.decode`, `vectors_at` as the method of that name.
+
+    `masks`: a linear combination is cropped on its own grid, so `lowres` is cropped too.
+    """
 
     def decode_image(i: int, room: int | None) -> tuple[Detections, Tensor | None]:
         frame = frames[i]
         kept, boxes = select(raw, i, config, room)
-        whole = box_ops.to_legacy(in_image(boxes, frame.image_size))
+        whole = box_ops.to_legacy(whole_pixels(boxes, frame.image_size))
         if masks == "none" or config.masks == "corr":
             correlation = None
             if masks != "none":
@@ -238,8 +241,8 @@ def select(raw: SmallOutput, i: int, config: RDSNetConfig, room: int | None = No
     return kept.of(index), kept.take(boxes)
 
 
-def in_image(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Relative boxes in whole image pixels, ends put in order, clipped; exclusive."""
+def whole_pixels(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Relative boxes [N, 4] in whole pixels of an image of (height, width): ends put in order, clipped, exclusive."""
     boxes = torch.cat((torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])), 1)
     pixels = box_ops.scale(boxes, (float(image_size[0]), float(image_size[1])))
     return box_ops.clip(pixels, image_size).trunc()

@@ -19,6 +19,7 @@ from onestage.structures import Target
 from rdsnet.config import RDSNetConfig
 from rdsnet.decode import contrast, inside
 from rdsnet.losses import instance_losses, normaliser
+from rdsnet.targets import drawn
 
 if TYPE_CHECKING:
     from rdsnet.small import SmallOutput
@@ -51,10 +52,11 @@ def compute_losses(
         instances.append((target[~target.iscrowd], relative[~target.iscrowd]))
     index = torch.stack(matches)
     positives = normaliser((index >= 0).sum(), 0, config).clamp(min=1)
+    variances = raw.anchors.new_tensor(VARIANCES)
     box_sum, class_sum = 0 * raw.deltas.sum(), 0 * raw.logits.sum()
     for i, (target, boxes) in enumerate(instances):
         positive = (index[i] >= 0).nonzero().flatten()
-        wanted = encode(raw.anchors[positive], boxes[index[i, positive]]) / raw.deltas.new_tensor(VARIANCES)
+        wanted = encode(raw.anchors[positive], boxes[index[i, positive]]) / variances
         box_sum = box_sum + F.smooth_l1_loss(raw.deltas[i, positive].float(), wanted, reduction="sum")
         labels = torch.cat((target.labels, target.labels.new_zeros(1)))[index[i].clamp(min=-1)]
         class_sum = class_sum + class_loss(raw.logits[i].float(), index[i], labels, config.yolact.class_negatives)
@@ -71,9 +73,9 @@ def match_anchors(anchors: Tensor, boxes: Tensor, crowds: Tensor) -> Tensor:
     """Each ground truth claims one anchor of its own, the best pairs first; then IoU decides.
 
     Args:
-        anchors: [A, 4].
-        boxes: [G, 4].
-        crowds: [C, 4] crowd regions: anchors that lie in one and answer for nothing are left out.
+        anchors: [A, 4] xyxy.
+        boxes: [G, 4] xyxy.
+        crowds: [C, 4] xyxy of crowd regions: anchors that lie in one and answer for nothing are left out.
 
     Returns:
         [A] int64, 0..G-1, NEGATIVE or IGNORED.
@@ -92,8 +94,8 @@ def match_anchors(anchors: Tensor, boxes: Tensor, crowds: Tensor) -> Tensor:
         index = torch.where(best >= POSITIVE_IOU, owner, torch.where(best < NEGATIVE_IOU, NEGATIVE, IGNORED))
     if len(crowds) > 0:
         corner = torch.minimum(anchors[:, None, 2:], crowds[None, :, 2:])
-        inside = (corner - torch.maximum(anchors[:, None, :2], crowds[None, :, :2])).clamp(min=0).prod(2)
-        share = inside / box_ops.area(anchors)[:, None]
+        overlap = (corner - torch.maximum(anchors[:, None, :2], crowds[None, :, :2])).clamp(min=0).prod(2)
+        share = overlap / box_ops.area(anchors)[:, None]
         index = torch.where((index < 0) & (share > CROWD_IOU).any(1), IGNORED, index)
     return index
 
@@ -106,6 +108,9 @@ def class_loss(logits: Tensor, index: Tensor, labels: Tensor, negatives: float) 
         index: [A] int64, what the anchors answer for.
         labels: [A] int64, 0..K-1 where they answer for something.
         negatives: Background anchors for each positive one; those that seem least like background.
+
+    Returns:
+        [].
     """
     positive = index >= 0
     doubt = (logits.logsumexp(1) - logits[:, 0]).detach()
@@ -125,18 +130,30 @@ def combined_masks(
     vectors_at: Callable[[int, Tensor], Tensor],
     config: RDSNetConfig,
 ) -> Tensor:
-    """YOLACT's: binary cross-entropy in the ground-truth box over the box's area, a mean over positives."""
+    """YOLACT's: binary cross-entropy in the ground-truth box over the box's area, a mean over positives.
+
+    Args:
+        raw: Outputs for B images.
+        index: [B, A] int64, what the anchors answer for.
+        instances: Of B images: G instances, no crowds, input pixels, and their boxes [G, 4].
+        vectors_at: (image, anchors [N]) to coefficients [N, d], differentiable.
+        config: How many positives are drawn.
+
+    Returns:
+        [], connected to the pixel vectors even without a positive.
+    """
     extent = (raw.pixel_vectors.shape[2], raw.pixel_vectors.shape[3])
     total = 0 * raw.pixel_vectors.sum()
     for i, (target, boxes) in enumerate(instances):
         positive = (index[i] >= 0).nonzero().flatten()
-        chosen = _drawn(positive, config)
+        chosen = drawn(positive, config)
         owner = index[i, chosen]
         cells, masks = box_ops.scale(boxes, (float(extent[0]), float(extent[1]))), on_grid(target.masks, extent)
         kept = inside(crop_window(cells, extent, "margin"), extent)
+        coefficients = vectors_at(i, chosen)
         # On probabilities, dense, as published: where float32 has rounded them to 0 or 1 this loss stands still.
-        soft = (raw.pixel_vectors[i].permute(1, 2, 0) @ vectors_at(i, chosen).T).float().sigmoid()  # [h, w, n]
-        with torch.autocast(soft.device.type, enabled=False):
+        with torch.autocast(coefficients.device.type, enabled=False):
+            soft = (raw.pixel_vectors[i].float().permute(1, 2, 0) @ coefficients.float().T).sigmoid()  # [h, w, n]
             losses = F.binary_cross_entropy(
                 soft * kept[owner].permute(1, 2, 0), masks[owner].permute(1, 2, 0).float(), reduction="none"
             )
@@ -152,13 +169,13 @@ def correlated_masks(
     vectors_at: Callable[[int, Tensor], Tensor],
     config: RDSNetConfig,
 ) -> Tensor:
-    """RDSNet's: see `rdsnet.losses`."""
+    """RDSNet's, as `rdsnet.losses.mask_loss`; arguments as of `combined_masks`, with vectors [N, 2, d]."""
     extent = (raw.pixel_vectors.shape[2], raw.pixel_vectors.shape[3])
     losses = []
     for i, (target, _) in enumerate(instances):
         positive = (index[i] >= 0).nonzero().flatten()
         large = target.masks.flatten(1).sum(1) > config.min_mask_area
-        chosen = _drawn(positive[large[index[i, positive]]], config)
+        chosen = drawn(positive[large[index[i, positive]]], config)
         owner = index[i, chosen]
         factors = extent[0] / target.masks.shape[1], extent[1] / target.masks.shape[2]
         cells = box_ops.scale(box_ops.to_legacy(target.boxes), factors)[owner]
@@ -171,7 +188,15 @@ def correlated_masks(
 
 
 def semantic_loss(raw: SmallOutput, targets: list[Target]) -> Tensor:
-    """Binary cross-entropy of P3's class maps: summed over classes, a mean over cells and images."""
+    """Binary cross-entropy of P3's class maps: summed over classes, a mean over cells and images.
+
+    Args:
+        raw: `semantic` [B, K, h, w] is read.
+        targets: B targets; a class's map should be the union of its masks [G, H, W].
+
+    Returns:
+        [].
+    """
     assert raw.semantic is not None
     height, width = raw.semantic.shape[2:]
     wanted = torch.zeros_like(raw.semantic)
@@ -186,9 +211,3 @@ def semantic_loss(raw: SmallOutput, targets: list[Target]) -> Tensor:
 def on_grid(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks [G, H, W] on a grid of (height, width): bilinear, above one half. [G, height, width] uint8."""
     return (resize_maps(masks.float(), size) > 0.5).to(torch.uint8)
-
-
-def _drawn(anchors: Tensor, config: RDSNetConfig) -> Tensor:
-    if len(anchors) <= config.masks_per_image:
-        return anchors
-    return anchors[torch.randperm(len(anchors), device=anchors.device)[: config.masks_per_image]]

@@ -47,7 +47,7 @@ def assign_targets(
         config: Whose smallest mask area counts.
     """
     own = [own_padded_size(frame, config) for frame in frames]
-    valid = [in_image(raw.sizes, size, raw.anchors) for size in own]
+    valid = [anchors_in(size, raw.sizes, raw.anchors) for size in own]
     assigned = match_batch(raw.anchors, targets, valid=valid, force_match=True, legacy=True)
     return RDSNetTargets(
         assigned,
@@ -60,22 +60,35 @@ def assign_targets(
     )
 
 
-def in_image(sizes: list[tuple[int, int]], image_size: tuple[int, int], anchors: Tensor) -> Tensor:
-    """[A] bool, true for the anchors of cells inside an image of (height, width) input pixels."""
+def anchors_in(image_size: tuple[int, int], sizes: list[tuple[int, int]], anchors: Tensor) -> Tensor:
+    """Which anchors belong to cells of an image, not of the padding beyond it.
+
+    Args:
+        image_size: (height, width) of the image, input pixels.
+        sizes: (h, w) of each level, in cells.
+        anchors: [A, 4] of all levels, as many for each cell.
+
+    Returns:
+        [A] bool.
+    """
     cells = []
     for (height, width), stride in zip(sizes, STRIDES, strict=True):
         rows = torch.arange(height, device=anchors.device) < -(-image_size[0] // stride)
         columns = torch.arange(width, device=anchors.device) < -(-image_size[1] // stride)
         cells.append((rows[:, None] & columns).flatten())
-    inside = torch.cat(cells)
-    return inside.repeat_interleave(len(anchors) // len(inside))
+    every = torch.cat(cells)
+    return every.repeat_interleave(len(anchors) // len(every))
 
 
 def mask_instances(targets: RDSNetTargets, image: int, config: RDSNetConfig) -> Tensor:
-    """[n] int64: the anchors of one image that train masks, drawn if there are more than `config.masks_per_image`."""
+    """[n] int64: the anchors of image number `image` that train masks, see `drawn`."""
     index = targets.anchors.index[image]
     positive = (index >= 0).nonzero().flatten()
-    large = positive[targets.trains_mask[image][index[positive]]]
-    if len(large) <= config.masks_per_image:
-        return large
-    return large[torch.randperm(len(large), device=large.device)[: config.masks_per_image]]
+    return drawn(positive[targets.trains_mask[image][index[positive]]], config)
+
+
+def drawn(anchors: Tensor, config: RDSNetConfig) -> Tensor:
+    """`config.masks_per_image` of one image's anchors [n] int64, at random; all of them if there are no more."""
+    if len(anchors) <= config.masks_per_image:
+        return anchors
+    return anchors[torch.randperm(len(anchors), device=anchors.device)[: config.masks_per_image]]
