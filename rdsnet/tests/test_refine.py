@@ -9,6 +9,7 @@ import torch
 from onestage.cli.app import main
 from onestage.data.synth import ShapesDataset, make_shapes
 from onestage.engine.checkpoint import WeightsInfo, load_weights, save_weights
+from onestage.errors import UsageError
 from onestage.ops.edges import Profiles, refine_boxes
 from rdsnet.config import DEMO, YOLACT, RefineConfig
 from rdsnet.method import METHOD
@@ -80,6 +81,15 @@ def test_without_a_prior_there_is_nothing_to_learn():
     assert bias.item() == 0
 
 
+def test_the_stage_refuses_images_where_nothing_trains_masks():
+    config = replace(TINY, min_mask_area=64 * 64)
+    options = FitOptions(steps=3, images=4, batch_size=2)
+    with pytest.raises(UsageError, match="nothing to learn"):
+        train_refinement(RDSNet(config), ShapesDataset(4, size=64), options)
+    asked_for = replace(config, refine=RefineConfig(gamma=0.0))
+    assert train_refinement(RDSNet(asked_for), ShapesDataset(4, size=64), options).inference.refine == "mbrm"
+
+
 def test_the_stage_changes_ten_numbers_and_turns_refinement_on():
     torch.manual_seed(0)
     model = RDSNet(TINY).eval()
@@ -148,7 +158,7 @@ def test_the_verb_writes_weights_that_refine(weights, shapes, capsys):
 
 def test_the_sweep_has_the_baseline_in_every_row(weights, shapes, capsys, monkeypatch):
     monkeypatch.setattr("rdsnet.train_mbrm.REACHES", (1, 2))
-    monkeypatch.setattr("rdsnet.train_mbrm.GAMMAS", (0.0, 0.1))
+    monkeypatch.setattr("rdsnet.train_mbrm.GAMMAS", (0.1,))
     words = ["--weights", str(weights), "--data", str(shapes), "--steps", "2", "--sweep", "--json"]
     assert main(METHOD, "train_mbrm", words) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]
@@ -163,3 +173,11 @@ def test_the_verb_refuses_what_it_cannot_refine(tmp_path, shapes, capsys):
     save_weights(path, {"x": torch.zeros(1)}, WeightsInfo(package="rdsnet", config=asdict(YOLACT)))
     assert main(METHOD, "train_mbrm", ["--weights", str(path), "--data", str(shapes)]) == 4
     assert "detector 'yolact'" in capsys.readouterr().err
+    info = WeightsInfo(package="rdsnet", config=asdict(replace(TINY, min_mask_area=64 * 64)))
+    path = tmp_path / "unlearned.safetensors"
+    save_weights(path, RDSNet(TINY).state_dict(), info)
+    words = ["--weights", str(path), "--data", str(shapes), "--steps", "3"]
+    assert main(METHOD, "train_mbrm", words) == 2
+    assert "nothing to learn" in capsys.readouterr().err
+    assert not path.with_name("unlearned_mbrm.safetensors").exists()
+    assert main(METHOD, "train_mbrm", [*words, "--gamma", "0"]) == 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from onestage import boxes as box_ops
 from onestage.data.loader import make_loader
+from onestage.errors import UsageError
 from onestage.nn import retinanet
 from onestage.ops.assemble import crop_window
 from onestage.ops.edges import Profiles, refine_boxes, side_posteriors
@@ -95,7 +96,11 @@ class FitOptions:
 
 
 def train_refinement(model: RDSNet, train_set: Any, options: FitOptions | None = None) -> RDSNetConfig:
-    """Trains MBRM of a trained detector in place; returns the model's new config."""
+    """Trains MBRM of a trained detector in place; returns the model's new config.
+
+    Raises:
+        UsageError: as `fit`.
+    """
     options = options or FitOptions()
     samples = list(collect(model, train_set, options))
     weight, bias = fit(samples, model.config.refine, options)
@@ -164,12 +169,20 @@ def fit(samples: Sequence[Samples], config: RefineConfig, options: FitOptions) -
         samples: One per image.
         config: s and gamma; with gamma 0 nothing can be learned and the initial numbers come back.
         options: Steps, learning rate, batch, seed.
+
+    Raises:
+        UsageError: no samples to learn from.
     """
+    if not samples and config.gamma > 0:
+        raise UsageError(
+            "MBRM has nothing to learn from: no instance of the training images is large enough to train masks",
+            "use images with larger instances; gamma 0 leaves boxes as they are and needs none",
+        )
     generator = torch.Generator().manual_seed(options.seed)
     weight = (INITIAL_STD * torch.randn(2 * config.reach + 1, generator=generator)).requires_grad_()
     bias = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD((weight, bias), lr=options.lr, momentum=options.momentum)
-    for _ in range(options.steps if samples and config.gamma > 0 else 0):
+    for _ in range(options.steps if config.gamma > 0 else 0):
         chosen = torch.randint(len(samples), (min(options.batch_size, len(samples)),), generator=generator).tolist()
         loss = coordinate_loss([samples[i] for i in chosen], weight, bias, config.gamma)
         optimizer.zero_grad()
@@ -233,7 +246,12 @@ class Observed:
 
 @torch.no_grad()
 def observe(model: RDSNet, images: list[Tensor]) -> list[Observed]:
-    """Detections of images with the profiles of their masks: every way of refining boxes can be tried on them."""
+    """Detections of images with the profiles of their masks: every way of refining boxes can be tried on them.
+
+    Args:
+        model: In eval mode.
+        images: [3, H, W] each, as the model takes them.
+    """
     config = replace(model.config, inference=replace(model.config.inference, refine="none"))
     batch = prepare_batch(images, None, config.input, training=False)
     raw = model.raw_outputs(batch.pixels)
