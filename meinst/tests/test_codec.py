@@ -102,12 +102,6 @@ def test_without_an_encoding_a_code_is_the_logits_of_the_pixels():
     assert_close(codec.decode(codes), torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), atol=1e-4, rtol=0)
 
 
-def test_codes_that_are_not_contiguous_are_decoded():
-    codes = torch.randn(4, 3)
-    for codec in (PixelCodec(TINY), MaskCodec(replace(TINY, code_length=4))):
-        assert_close(codec.decode(codes.T), codec.decode(codes.T.contiguous()))
-
-
 @pytest.mark.parametrize("name", ["encoding.npz", "encoding.safetensors"])
 def test_files_come_back_as_they_were(tmp_path, name):
     _encoding(noisy_logits=True, masks=7).write(tmp_path / name)

@@ -91,7 +91,7 @@ class MaskCodec(nn.Module):
         """Masks from codes: [N, m, m] float32 probabilities. Arguments as for `logits`."""
         values = self.logits(codes, labels)
         soft = values.sigmoid() if self.noisy_logits else values.clamp(NOISE_FLOOR, 1 - NOISE_FLOOR)
-        return soft.reshape(-1, self.mask_size, self.mask_size)
+        return soft.view(-1, self.mask_size, self.mask_size)
 
     def load(self, encoding: Encoding) -> None:
         """Takes the components of a fit; of a longer code the first ones.
@@ -135,7 +135,7 @@ class PixelCodec(nn.Module):
 
     def decode(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Masks from codes [N, D]: [N, m, m] float32 probabilities; `labels` are not read."""
-        return codes.float().sigmoid().reshape(-1, self.mask_size, self.mask_size)
+        return codes.float().sigmoid().view(-1, self.mask_size, self.mask_size)
 
 
 @dataclass(frozen=True)
