@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from onestage.tables.spec import AP, Row, Table, cited, columns, higher, printed
 from rdsnet.config import (
+    GAMMAS,
     R101,
     R101_2X,
     R101_600,
     R101_600_DIRECT,
     R101_600_MBRM,
     R101_MBRM,
+    REACHES,
     RETINANET_R101,
     RETINANET_R101_600,
     S_IE,
@@ -306,9 +308,6 @@ TABLE4 = Table(
         "MBRM loses 0.2 on small objects.",
     ),
 )
-
-REACHES = (1, 2, 3, 4, 5, 6)
-GAMMAS = (0.01, 0.02, 0.05, 0.1, 0.15)
 
 FIGURE5 = Table(
     number="figure5",
