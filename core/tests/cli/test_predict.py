@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from onestage.cli.app import main
 from onestage.cli.predict import find_sources
 from onestage.data.clips import ClipsDataset
 from onestage.data.frames import VideoWriter
 from onestage.engine.checkpoint import WeightsInfo, save_weights
-from onestage.engine.predict import Predictor
+from onestage.engine.predict import Predictor, Result
 from onestage.errors import UsageError
 
 
@@ -149,6 +151,86 @@ def test_skip_existing_goes_on_where_an_earlier_run_stopped(call, here, weights)
     content = json.loads((here / "out" / "predictions.json").read_text())
     assert [image["id"] for image in content["images"]] == [1, 2]
     assert len({entry["id"] for entry in content["annotations"]}) == 6
+
+
+def predict_and_stop(method, words, number, signal_number):
+    """A prediction that gets a signal while it looks at a certain image."""
+    seen = []
+
+    def stopped(self, image):
+        seen.append(image)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal_number)
+        return predict(self, image)
+
+    predict, Predictor.__call__ = Predictor.__call__, stopped
+    raise SystemExit(main(method, "predict", shlex.split(words)))
+
+
+def written(folder):
+    """The data set that was written, and the other files with their contents."""
+    paths = [path for path in folder.rglob("*.*g") if not any(part.startswith(".") for part in path.parts)]
+    files = {path: path.read_bytes() for path in paths}
+    content = json.loads((folder / "predictions.json").read_text()) if (folder / "predictions.json").exists() else None
+    return content, {str(path.relative_to(folder)): data for path, data in files.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("save", ["json", "image", "masks", "image json masks"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_prediction_that_was_stopped_keeps_what_it_found_and_goes_on(
+    call, here, weights, method, fork, monkeypatch, save, number, code
+):
+    from onestage.cli import predict as verb
+
+    monkeypatch.setattr(verb, "WRITE_EVERY", 2)
+    for name in ("a", "b", "c/d", "c", "e", "f"):
+        photo(here / "in" / f"{name}.png", seed=ord(name[-1]))
+    words = f"in --weights {weights} --score-thr 0 --device cpu --save {save}"
+    assert call(f"predict {words} --output whole")[0] == 0
+    assert fork(predict_and_stop, method, f"{words} --output out", 4, number) == [code]
+    assert not (here / "out" / "error.json").exists()
+    done = {"json": 2, "image": 3, "masks": 3, "image json masks": 2}[save] if code < 0 else 4
+    _, out, _ = call(f"predict {words} --output out --skip-existing --json")
+    assert (json.loads(out)["skipped"], json.loads(out)["images"]) == (done, 6 - done)
+    assert written(here / "out") == written(here / "whole")
+    _, out, _ = call(f"predict {words} --output out --skip-existing --json")
+    assert (json.loads(out)["skipped"], json.loads(out)["images"]) == (6, 0)
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])  # in the picture, in the second mask
+def test_files_that_were_cut_short_are_not_taken_for_done(call, here, weights, monkeypatch, fails_at):
+    photo(here / "in" / "a.png")
+    words = f"predict in --weights {weights} --score-thr 0 --output out --save image masks --skip-existing --json"
+    save, saved = Image.Image.save, []
+
+    def fail(self, path, *arguments, **more):
+        saved.append(path)
+        if len(saved) == fails_at:
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, path, *arguments, **more)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    assert call(words)[0] == 130
+    assert written(here / "out")[1].keys() <= {"images/a.jpg"}
+    _, out, _ = call(words)
+    assert json.loads(out)["images"] == 1
+    assert len(written(here / "out")[1]) == 1 + 3
+
+
+def test_a_prediction_is_written_now_and_then_and_seldom_when_there_are_many(tmp_path, monkeypatch):
+    from onestage.cli import predict as verb
+    from onestage.structures import Detections
+
+    sizes = []
+    monkeypatch.setattr(verb, "write_atomically", lambda path, data: sizes.append(len(json.loads(data)["images"])))
+    book = verb._Book(tmp_path / "p.json", [(1, "cat")], polygons=False)
+    none = Result(Detections((2, 2), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)), ())
+    for number in range(2100):
+        book.add(verb.Source(Path(f"{number}.jpg"), str(number)), torch.zeros(3, 2, 2), none)
+    assert sizes[:3] == [100, 200, 300]
+    assert sizes[-2:] == [1771, 1948]
 
 
 def test_one_broken_image_among_others_is_named_after_the_others_are_done(call, here, weights):

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import pytest
 
@@ -63,6 +64,49 @@ def test_a_folder_that_is_not_empty_is_refused_unless_overwrite_or_keep(tmp_path
         assert (out / "mine.txt").read_text() == "precious"
 
 
+def test_overwrite_takes_away_what_the_verb_left_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "mine.jpg").write_text("precious")
+    os.utime(out / "images" / "mine.jpg", (1000, 1000))  # was there before the run
+    ours = (
+        "predictions.json",
+        "predictions-1-of-4.json",
+        "predicted.mp4",
+        "images/a/b.jpg",
+        "masks/x/000-cat-0.50.png",
+    )
+    kept = {"last.ckpt", "predictions.txt", "images/mine.jpg"}
+    with open_run("toy", "predict", {"verb": "predict"}, output=out, overwrite=True):
+        for name in (*ours, "last.ckpt", "predictions.txt"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("x")
+    with open_run("toy", "predict", {}, output=out, overwrite=True):
+        found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert found == {*kept, "config.json", "environment.json", "log.txt"}
+
+
+def test_pictures_of_a_folder_without_a_run_are_not_ours(tmp_path):
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    (tmp_path / "photos" / "images" / "mine.jpg").write_text("precious")
+    with open_run("toy", "predict", {}, output=tmp_path / "photos", overwrite=True):
+        pass
+    assert (tmp_path / "photos" / "images" / "mine.jpg").exists()
+
+
+def test_overwrite_never_replaces_a_run_of_another_verb(tmp_path):
+    with open_run("toy", "train", {"verb": "train"}, output=tmp_path / "out") as run:
+        (run.folder / "last.ckpt").write_text("hours of work")
+    with (
+        pytest.raises(UsageError, match="holds a run of train, and --overwrite replaces runs of explore only"),
+        open_run("onestage", "explore", {"verb": "explore"}, output=tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"verb": "train"}
+    with open_run("toy", "train", {"verb": "train"}, output=tmp_path / "out", overwrite=True):
+        assert not (tmp_path / "out" / "last.ckpt").exists()
+
+
 def test_a_file_as_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"), open_run("toy", "train", {}, output=tmp_path / "file"):
@@ -70,8 +114,6 @@ def test_a_file_as_output_is_refused(tmp_path):
 
 
 def test_resume_finds_the_newest_checkpoint_or_the_named_one(tmp_path):
-    import os
-
     for age, name in ((20, "b"), (10, "a")):
         folder = tmp_path / "runs/toy/train" / name
         folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from onestage.errors import DatasetError, UsageError, some
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
+WRITE_EVERY = 100  # images
 
 
 @dataclass(frozen=True)
@@ -55,40 +57,50 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     wanted = _labels(predictor.categories, flags.classes)
     if flags.dry_run:
         return {"dry_run": True, "images": len(sources)}
-    with open_run(
-        method.name,
-        "predict",
-        config_record(method, call),
-        output=flags.output,
-        overwrite=flags.overwrite,
-        keep=flags.skip_existing or flags.shard != "0/1",
-    ) as run:
-        book = _Book(run.folder / _json_name(flags.shard), predictor.categories, flags.mask_format == "polygon")
+    keep, record = flags.skip_existing or flags.shard != "0/1", config_record(method, call)
+    with open_run(method.name, "predict", record, output=flags.output, overwrite=flags.overwrite, keep=keep) as run:
+        book = None
+        if "json" in flags.save:
+            book = _Book(run.folder / _json_name(flags.shard), predictor.categories, flags.mask_format == "polygon")
+        todo = sources
         if flags.skip_existing:
-            book.take_over()
-        todo = [source for source in sources if source.path.as_posix() not in book.files]
+            if book is not None:
+                book.take_over()
+            todo = [source for source in sources if not _is_done(source, run.folder, book, flags)]
+        if keep:
+            run.describe()
         bad: list[str] = []
-        try:
-            pace = 0.1 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log wants few
-            for source in tqdm(todo, "predict", unit="image", disable=flags.quiet, leave=False, mininterval=pace):
-                try:
-                    image = read_image(source.path, max_pixels=flags.max_pixels)
-                except DatasetError as error:
-                    if len(sources) == 1:
-                        raise
-                    logger.warning("%s", error.what)
-                    bad.append(str(source.path))
-                    continue
-                result = _chosen(predictor(image), wanted)
-                book.add(source, image, result)
-                if "image" in flags.save:
-                    _save_picture(run.folder / "images" / f"{source.name}.jpg", image, result)
-                if "masks" in flags.save or flags.mask_format == "png":
-                    _save_masks(run.folder / "masks", source.name, result)
-        finally:
-            if "json" in flags.save:
-                book.write()
-        logger.info("%d instances in %d images: %s", book.num_new, len(todo) - len(bad), run.folder)
+        num_images = num_instances = 0
+        pace = 0.1 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log wants few
+        bar = tqdm(todo, "predict", unit="image", disable=flags.quiet, leave=False, mininterval=pace)
+        with bar, Signals() as signals:
+            try:
+                for source in bar:
+                    if signals.number is not None:
+                        break
+                    try:
+                        image = read_image(source.path, max_pixels=flags.max_pixels)
+                    except DatasetError as error:
+                        if len(sources) == 1:
+                            raise
+                        logger.warning("%s", error.what)
+                        bad.append(str(source.path))
+                        continue
+                    result = _chosen(predictor(image), wanted)
+                    if "image" in flags.save:
+                        _save_picture(run.folder / "images" / f"{source.name}.jpg", image, result)
+                    if _saves_masks(flags):
+                        _save_masks(run.folder / "masks", source.name, result)
+                    if book is not None:
+                        book.add(source, image, result)
+                    num_images, num_instances = num_images + 1, num_instances + len(result)
+            finally:
+                if book is not None:
+                    book.write()
+        logger.info("%d instances in %d images: %s", num_instances, num_images, run.folder)
+        if signals.number is not None and num_images + len(bad) < len(todo):
+            logger.info("stopped by signal %d; the same command with --skip-existing goes on", signals.number)
+            raise SystemExit(128 + signals.number)
         if bad:
             raise DatasetError(
                 f"{len(bad)} of {len(sources)} images could not be read: {some(bad)}",
@@ -97,8 +109,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         return {
             "images": len(todo),
             "skipped": len(sources) - len(todo),
-            "instances": book.num_new,
-            "json": str(book.path) if "json" in flags.save else None,
+            "instances": num_instances,
+            "json": None if book is None else str(book.path),
             "run": str(run.folder),
         }
 
@@ -172,10 +184,11 @@ def _chosen(result: Result, wanted: Tensor | None) -> Result:
 
 def _entries(result: Result, image_id: int, *, polygons: bool) -> list[dict[str, Any]]:
     """Annotations in COCO format, with scores, but for their ids."""
+    found = result.to_coco(image_id)
+    if result.masks is None:
+        return [{**entry, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0} for entry in found]
     areas = result.masks.area().tolist()
-    entries = [
-        {**entry, "area": area, "iscrowd": 0} for entry, area in zip(result.to_coco(image_id), areas, strict=True)
-    ]
+    entries = [{**entry, "area": area, "iscrowd": 0} for entry, area in zip(found, areas, strict=True)]
     if polygons:
         for entry, outlines in zip(entries, result.masks.to_polygons(), strict=True):
             entry["segmentation"] = outlines
@@ -272,13 +285,39 @@ def _json_name(shard: str) -> str:
     return "predictions.json" if shard == "0/1" else f"predictions-{shard.replace('/', '-of-')}.json"
 
 
+def _saves_masks(flags: Any) -> bool:
+    return "masks" in flags.save or flags.mask_format == "png"
+
+
+def _is_done(source: Source, folder: Path, book: _Book | None, flags: Any) -> bool:
+    """Whether everything that --save writes of the image is there."""
+    done = []
+    if book is not None:
+        done.append(source.path.as_posix() in book.files)
+    if "image" in flags.save:
+        done.append((folder / "images" / f"{source.name}.jpg").is_file())
+    if _saves_masks(flags):
+        done.append(_has_masks(folder / "masks" / source.name))
+    return bool(done) and all(done)
+
+
+def _has_masks(target: Path) -> bool:
+    """Whether an image's folder is there; of one without instances it is empty."""
+    inside = list(target.iterdir()) if target.is_dir() else [target]
+    return not inside or any(path.is_file() for path in inside)
+
+
 class _Book:
-    """Collects predictions as a data set in COCO format whose annotations carry scores."""
+    """Collects predictions as a data set in COCO format whose annotations carry scores.
+
+    Now and then it is written, so that little is lost with the process: after each WRITE_EVERY images, and after a
+    tenth more than are written, which keeps writing cheap however many there are.
+    """
 
     def __init__(self, path: Path, categories: Sequence[tuple[int, str]], polygons: bool):
         self.path = path
         self.polygons = polygons
-        self.num_new = 0
+        self.num_written = 0  # images
         self.files: set[str] = set()
         self.content: dict[str, list[dict[str, Any]]] = {
             "images": [],
@@ -293,12 +332,16 @@ class _Book:
         try:
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
             self.files = {entry["file_name"] for entry in self.content["images"]}
+            self.num_written = len(self.files)
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(
                 f"'{self.path}' is not what predict wrote: {error}", "remove it, or --overwrite"
             ) from None
 
     def add(self, source: Source, image: Tensor, result: Result) -> None:
+        """Takes what was found in an image, unless it is known already."""
+        if source.path.as_posix() in self.files:  # only its picture or its masks were missing
+            return
         images, annotations = self.content["images"], self.content["annotations"]
         image_id = len(images) + 1
         height, width = image.shape[-2:]
@@ -306,22 +349,36 @@ class _Book:
         self.files.add(source.path.as_posix())
         for entry in _entries(result, image_id, polygons=self.polygons):
             annotations.append({"id": len(annotations) + 1, **entry})
-        self.num_new += len(result)
+        if len(images) - self.num_written >= max(WRITE_EVERY, self.num_written // 10):
+            self.write()
 
     def write(self) -> None:
         write_atomically(self.path, json.dumps(self.content).encode())
+        self.num_written = len(self.content["images"])
 
 
 def _save_picture(path: Path, image: Tensor, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(result.draw(image)).save(path, quality=92)
+    part = path.with_name(f".{path.name}.part")  # whole or not at all: --skip-existing takes it for done
+    to_pil_image(result.draw(image)).save(part, format="JPEG", quality=92)
+    part.replace(path)
 
 
 def _save_masks(folder: Path, name: str, result: Result) -> None:
     """One black-and-white PNG for each instance: `<image>/<number>-<category>-<score>.png`."""
+    if result.masks is None:
+        raise UsageError("the model finds boxes and no masks", "leave masks and png away")
     target = folder / name
-    target.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")  # as for pictures
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for index, mask in enumerate(result.masks.to_bool()):
         category = "".join(c if c.isalnum() else "_" for c in result.names[index])
-        file = target / f"{index:03d}-{category}-{float(result.scores[index]):.2f}.png"
+        file = part / f"{index:03d}-{category}-{float(result.scores[index]):.2f}.png"
         to_pil_image(mask.to(torch.uint8)[None] * 255).save(file)
+    if not target.exists():
+        part.replace(target)
+        return
+    for file in part.iterdir():  # made before, or it holds the masks of a folder of images that has the image's name
+        file.replace(target / file.name)
+    part.rmdir()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,11 +22,21 @@ from typing import Any
 from onestage.errors import UsageError, UserError
 
 RUNS = Path("runs")
-# What a run may leave behind; --overwrite takes these away and nothing else.
-OWN_FILES = ["config.json", "environment.json", "error.json", "log.txt", "results.json", "metrics.json"]
-OWN_FILES += ["metrics.csv", "metrics.jsonl", "last.ckpt", "best.safetensors", "predictions.json", "index.html"]
-OWN_FILES += ["tracks.jsonl", "tracks.json", "tracked.mp4", "summary.json", "explore.json", "report.json"]
-OWN_FILES += ["network.onnx", "network.pt2", "decode.safetensors", "export.json"]
+# What a run leaves behind, as patterns: every run, and those of a verb. --overwrite takes these away and nothing else.
+OF_EVERY_RUN = ("config.json", "environment.json", "error.json", "log.txt")
+OF_TRAINING = ("metrics.csv", "metrics.jsonl", "results.json", "last.ckpt", "best.safetensors", "crash-*.pt")
+OWN_FILES: dict[str, tuple[str, ...]] = {
+    "demo": (*OF_TRAINING, "metrics.json", "index.html", "images/*.png"),
+    "train": (*OF_TRAINING, "tensorboard/events.out.tfevents.*"),
+    "eval": ("results.json", "metrics.json"),
+    "predict": ("predictions.json", "predictions-*-of-*.json", "predictions.jsonl", "predicted.mp4")
+    + ("images/**/*.jpg", "masks/**/*.png"),
+    "track": ("tracks.jsonl", "tracks.json", "tracked.mp4", "results.json", "summary.json"),
+    "export": ("network.onnx", "network.pt2", "decode.safetensors", "export.json", "results.json"),
+    "benchmark": ("results.json",),
+    "explore": ("index.html", "explore.json"),  # its results.json may be what it is to look at
+    "report": ("index.html", "report.json"),
+}
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pycocotools", "pillow", "tyro", "safetensors", "onestage-core")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "ONESTAGE_KERNELS", "ONESTAGE_OFFLINE")
 
@@ -33,11 +44,22 @@ logger = logging.getLogger("onestage")
 
 
 class Run:
-    """An open run folder; leaving it because of an error writes error.json."""
+    """An open run folder; leaving it because of an error writes error.json.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: It exists.
+        about: Contents of the JSON files that say what the run is, by name.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, dict[str, Any]] | None = None):
         self.folder = folder
+        self.about = about or {}
         self.started = datetime.now(timezone.utc)
+
+    def describe(self) -> None:
+        """Writes the files that say what the run is, over those of an earlier part of it."""
+        for name, content in self.about.items():
+            self.write(name, content)
 
     def write(self, name: str, content: dict[str, Any]) -> Path:
         """Writes JSON to `name` in the folder, whole or not at all."""
@@ -70,16 +92,22 @@ def open_run(
         verb: Name of the verb.
         config: What config.json holds.
         output: The folder, in place of `runs/<package>/<verb>/<time>`.
-        overwrite: Take the files of an earlier run in `output` away.
-        keep: Go on in `output`, whatever it holds.
+        overwrite: Take the files of an earlier run of this verb in `output` away.
+        keep: Go on in `output`, whatever it holds. config.json and environment.json are then left to `Run.describe`,
+            for when it is certain that this goes on with what is there.
 
     Raises:
-        UsageError: `output` is a file, or a folder that is not empty and neither `overwrite` nor `keep` is set.
+        UsageError: `output` is a file, or a folder that is not empty and neither `overwrite` nor `keep` is set, or
+            `overwrite` and it holds a run of another verb.
     """
-    run = Run(_new_folder(package, verb) if output is None else _given_folder(output, overwrite=overwrite, keep=keep))
+    if output is None:
+        folder = _new_folder(package, verb)
+    else:
+        folder = _given_folder(output, verb, overwrite=overwrite, keep=keep)
+    run = Run(folder, {"config.json": config, "environment.json": environment(package, verb)})
     (run.folder / "error.json").unlink(missing_ok=True)
-    run.write("config.json", config)
-    run.write("environment.json", environment(package, verb))
+    if not keep:
+        run.describe()
     handler = _LogFile(run.folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -172,7 +200,7 @@ def _new_folder(package: str, verb: str) -> Path:
     raise UsageError(f"'{RUNS / package / verb}' has a thousand runs of this second", "name a folder with --output")
 
 
-def _given_folder(folder: Path, *, overwrite: bool, keep: bool) -> Path:
+def _given_folder(folder: Path, verb: str, *, overwrite: bool, keep: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output '{folder}' is a file", "name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not keep:
@@ -180,10 +208,33 @@ def _given_folder(folder: Path, *, overwrite: bool, keep: bool) -> Path:
             raise UsageError(
                 f"--output '{folder}' is not empty", "add --overwrite to replace the run in it, or name another folder"
             )
-        for name in OWN_FILES:
-            (folder / name).unlink(missing_ok=True)
+        _take_away(folder, verb)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _take_away(folder: Path, verb: str) -> None:
+    """Removes the files of an earlier run of this verb; pictures that are older than it are somebody else's."""
+    earlier = _verb_of(folder)
+    if earlier not in (None, verb):
+        raise UsageError(
+            f"--output '{folder}' holds a run of {earlier}, and --overwrite replaces runs of {verb} only",
+            "name another folder, or remove that run",
+        )
+    began = (folder / "config.json").stat().st_mtime if earlier else math.inf
+    for pattern in (*OWN_FILES.get(verb, ()), *OF_EVERY_RUN):
+        for path in list(folder.glob(pattern)):
+            if path.parent == folder or path.stat().st_mtime >= began:
+                path.unlink()
+
+
+def _verb_of(folder: Path) -> str | None:
+    """Whose run a folder holds; None where it holds none."""
+    try:
+        verb = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("verb")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return verb if isinstance(verb, str) else None
 
 
 def _write_error(run: Run) -> None:
