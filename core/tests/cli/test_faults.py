@@ -106,7 +106,8 @@ def test_a_loss_that_is_not_finite_is_kept_and_replayed(method, shapes, capsys):
     assert what.endswith("; batch saved to out/crash-2.pt")
     assert fix.startswith("add --replay out/crash-2.pt to repeat it; usual causes: learning rate ")
     assert json.loads(Path("out/error.json").read_text())["exit_code"] == 1
-    code = main(method, "train", ["--small", "--device", "cpu", "--replay", "out/crash-2.pt", "--json"])
+    Path("out/crash-2.pt").rename("moved.pt")  # away from its config.json
+    code = main(method, "train", ["--device", "cpu", "--replay", "moved.pt", "--json"])
     seen = json.loads(capsys.readouterr().out)
     assert (code, seen["step"]) == (0, 2)
     assert not torch.tensor(float(seen["losses"]["loss_cls"])).isfinite()

@@ -55,6 +55,32 @@ def test_resume_goes_on_in_the_same_folder(call, shapes, here):
     assert resumed["steps"] == whole["steps"]
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(call, shapes):
+    words = "train --small --device cpu --data shapes --output out --epochs 2"
+    assert call(words)[0] == 0
+    kept = {name: Path("out", name).read_bytes() for name in ("config.json", "environment.json", "metrics.jsonl")}
+    code, _, err = call(f"{words} --resume --batch-size 2 --seed 5")
+    assert (code, err.count("was made with seed 0, this run has 5")) == (2, 1)
+    assert {name: Path("out", name).read_bytes() for name in kept} == kept
+    assert call("train --resume out/last.ckpt")[0] == 0
+    assert json.loads(Path("out/config.json").read_text())["flags"]["seed"] == 0
+    assert Path("out/environment.json").read_bytes() != kept["environment.json"]
+
+
+def test_resume_needs_nothing_of_what_the_run_started_from(call, shapes):
+    first = train(call, "--data", "shapes", "--output", "first", "--model.inference.score-threshold", "0.2")
+    words = ["train", "--device", "cpu", "--data", "shapes", "--weights", first["weights"], "--epochs", "1"]
+    assert call(*words, "--output", "second")[0] == 0
+    Path(first["weights"]).unlink()
+    assert call("train --resume second/last.ckpt")[0] == 0
+    config = json.loads(Path("second/config.json").read_text())
+    assert config["model"]["inference"]["score_threshold"] == 0.2
+    (Path("second") / "last.ckpt").rename("moved.ckpt")
+    code, _, err = call("train --resume moved.ckpt --config second/config.json --output third")
+    assert code == 0, err
+    assert json.loads(Path("third/config.json").read_text())["model"] == config["model"]
+
+
 def test_the_same_command_with_resume_goes_on_too(call, shapes):
     words = "train --small --device cpu --epochs 2 --data shapes --batch-size 2 --output out"
     assert call(words)[0] == 0
@@ -148,6 +174,42 @@ def test_eval_of_weights_and_of_the_file_it_wrote_agree(call, shapes):
     assert [first[name] for name in metrics] == [second[name] for name in metrics]
 
 
+def test_eval_of_a_results_file_leaves_its_metrics_where_output_says(call, shapes):
+    (shapes / "results.json").write_text("[]")
+    words = ["eval", "--data", "shapes", "--results", "shapes/results.json", "--json"]
+    code, out, _ = call(*words, "--output", "scored")
+    assert code == 0
+    metrics = json.loads(Path("scored/metrics.json").read_text())
+    assert metrics["segm/AP"] == 0
+    assert json.loads(out) == metrics | {"images": 4, "results": "shapes/results.json", "run": "scored"}
+    code, _, err = call(*words, "--output", "shapes", "--overwrite")
+    assert (code, err.splitlines()[0]) == (2, "error: --output 'shapes' is the folder of --results")
+    assert (shapes / "results.json").exists()
+    assert call(*words)[0] == 0
+    assert not Path("runs").exists()
+
+
+def test_eval_reads_images_in_as_many_processes_as_training_does(call, shapes, monkeypatch):
+    from onestage.cli import eval as verb
+
+    seen = []
+    monkeypatch.setattr(verb, "default_workers", lambda device: 3)
+    monkeypatch.setattr(verb, "evaluate", lambda *_, workers, **more: seen.append(workers) or ({}, []))
+    words = ["eval", "--small", "--data", "shapes", "--device", "cpu"]
+    for more in ([], ["--workers", "0"]):
+        assert call(*words, *more)[0] == 0
+    assert seen == [3, 0]
+
+
+def test_the_largest_image_is_for_the_user_to_say(call, shapes):
+    words = ["--small", "--data", "shapes", "--device", "cpu", "--dry-run"]
+    for verb in ("train", "eval"):
+        code, _, err = call(verb, *words, "--max-pixels", "4095")
+        assert code == 3
+        assert "has 64 x 64 px" in err
+        assert call(verb, *words, "--max-pixels", "4096")[0] == 0
+
+
 def test_eval_counts_the_same_with_the_other_backend(call, shapes):
     pytest.importorskip("faster_coco_eval")
     words = ["eval", "--data", "shapes", "--device", "cpu", "--score-thr", "0", "--json"]
@@ -176,6 +238,52 @@ def test_eval_says_how_to_explore_its_results_and_weights_alone_show_the_same(
     one, two = (json.loads(Path(folder, "explore.json").read_text()) for folder in ("one", "two"))
     assert one["errors"] == two["errors"]
     assert one["counts"]["all"]["detections"] > 0
+
+
+def test_a_model_that_finds_boxes_alone_goes_through_every_verb(method, shapes, capsys):
+    class Boxes(method.build):
+        def _find(self, image, scores):
+            return replace(super()._find(image, scores), masks=None)
+
+    def run(words):
+        code = main(replace(method, build=Boxes), *words.split(maxsplit=1)[:1], words.split()[1:])
+        out, err = capsys.readouterr()
+        return code, json.loads(out.splitlines()[-1]) if out else None, err
+
+    code, trained, err = run("train --small --device cpu --epochs 2 --data shapes --output boxes --json")
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path("boxes/metrics.jsonl").read_text().splitlines()]
+    assert trained["bbox/AP"] == max(row["bbox/AP"] for row in rows if "bbox/AP" in row)
+    assert not [name for row in [trained, *rows] for name in row if name.startswith("segm")]
+
+    words = f"eval --data shapes --device cpu --json --weights {trained['weights']} --model.inference.score-threshold 0"
+    code, found, err = run(words)
+    assert code == 0, err
+    assert found["detections"] > 0
+    code, again, err = run(f"eval --data shapes --device cpu --json --results {found['results']}")
+    assert code == 0, err
+    metrics = [name for name in found if "/" in name and not isinstance(found[name], str)]
+    assert [found[name] for name in metrics] == [again[name] for name in metrics]
+    assert not [name for name in metrics if name.startswith("segm")]
+    code, _, err = run(f"{words} --iou-types segm")
+    assert code == 2
+    assert "the model finds boxes and no masks" in err
+
+    predict = f"predict shapes/val --device cpu --score-thr 0 --json --weights {trained['weights']}"
+    code, result, err = run(f"{predict} --output found")
+    assert code == 0, err
+    entries = json.loads(Path("found/predictions.json").read_text())["annotations"]
+    assert len(entries) == result["instances"] == 12
+    assert entries[0].keys() == {"id", "image_id", "category_id", "bbox", "score", "area", "iscrowd"}
+    assert entries[0]["area"] == entries[0]["bbox"][2] * entries[0]["bbox"][3]
+    assert len(list(Path("found/images").iterdir())) == 4
+    code, _, err = run(f"{predict} --save masks")
+    assert code == 2
+    assert "the model finds boxes and no masks" in err
+
+    code, shown, err = run("demo --device cpu --json --steps 3 --limit 12")
+    assert code == 0, err
+    assert {"bbox/AP", "seconds", "page", "run"} == set(shown)
 
 
 def test_eval_without_weights_says_that_numbers_are_random(call, shapes):
@@ -280,3 +388,17 @@ def test_benchmark_counts_instances_and_times_stages(call, here):
     assert {"backbone", "head", "masks"} == set(record["stages"])
     assert record["milliseconds"]["p50"] > 0
     assert (Path(record["run"]) / "results.json").exists()
+
+
+def test_benchmark_measures_memory_before_a_rival_takes_any(call, here, monkeypatch):
+    from onestage.cli import benchmark
+
+    memory = [3 * 2**20]
+    monkeypatch.setattr(benchmark, "peak_memory", lambda device: memory[-1])
+    monkeypatch.setattr(benchmark, "_mask_rcnn", lambda *_: memory.append(9 * 2**20) or (lambda: None))
+    words = ["--small", "--device", "cpu", "--iters", "1", "--warmup", "0", "--compare", "maskrcnn", "--json"]
+    code, out, _ = call("benchmark", *words)
+    assert code == 0
+    assert json.loads(out)["peak_memory_mib"] == 3
+    monkeypatch.setattr(benchmark, "peak_memory", lambda device: float("nan"))
+    assert json.loads(call("benchmark", *words)[1])["peak_memory_mib"] is None

@@ -14,7 +14,14 @@ def test_one_process_needs_no_group():
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     assert distributed.broadcast([1, "x"]) == [1, "x"]
     assert (distributed.rank(), distributed.world_size(), distributed.rank_zero()) == (0, 1, True)
+    distributed.share([value])
     distributed.barrier()
+
+
+def shared_of(rank):
+    tensors = [torch.tensor([0.5, float(rank)]), torch.tensor(rank), torch.tensor([rank > 0])]
+    distributed.share(tensors)
+    return tensors
 
 
 def write_what_it_sees(folder):
@@ -27,6 +34,7 @@ def write_what_it_sees(folder):
         "mean": distributed.reduce_mean(torch.tensor([float(rank), 4.0])).tolist(),
         "gathered": distributed.gather(["é" * rank * 1000, 0.1 + rank]),
         "broadcast": distributed.broadcast({"from": rank}),
+        "shared": [tensor.tolist() for tensor in shared_of(rank)],
     }
     distributed.barrier()
     distributed.stop()
@@ -45,6 +53,7 @@ def test_two_processes_on_the_cpu(fork, tmp_path):
         assert seen["mean"] == [0.5, 4.0]
         assert seen["gathered"] == [["", 0.1], ["é" * 1000, 1.1]]
         assert seen["broadcast"] == {"from": 0}
+        assert seen["shared"] == [[0.5, 0], 0, [False]]
 
 
 def test_device_names(monkeypatch):

@@ -18,10 +18,11 @@ from onestage.errors import MachineError, UsageError, WeightsError
 EVERY_THREE = {"save_every": 3, "eval_every": 6}
 
 
-def assert_same_run(first, second):
-    """Equal weights, optimiser, metrics and best weights, bit for bit."""
+def assert_same_run(first, second, rows=True):
+    """Equal weights, optimiser, metrics (and the number of their rows) and best weights, bit for bit."""
     one, other = (load_checkpoint(folder / "last.ckpt") for folder in (first, second))
-    assert one["state"] == other["state"]
+    left_out = {} if rows else {"rows": None}
+    assert one["state"] | left_out == other["state"] | left_out
     assert_equal(one["model"], other["model"])
     assert_equal(one["optimizer"], other["optimizer"])
     assert_equal(load_weights(first / "best.safetensors")[0], load_weights(second / "best.safetensors")[0])
@@ -286,9 +287,50 @@ def test_batch_norms_are_synchronised_between_gpus_and_refused_between_cpus(tiny
     assert type(run.model.backbone[1]) is torch.nn.BatchNorm2d
 
 
-def test_a_checkpoint_copied_from_another_run_folder_is_resumed_there(tiny, tmp_path, whole):
-    tiny.run_tiny(tmp_path / "part", {**EVERY_THREE, "stop_after": 6}, val_set=tiny.TinySet(6, first=100))
+@pytest.fixture
+def part(tiny, tmp_path):
+    """The folder of a run like `whole` that was stopped after its first evaluation."""
+    options = {**EVERY_THREE, "stop_after": 6}
+    tiny.run_tiny(tmp_path / "part", options, val_set=tiny.TinySet(6, first=100))
+    return tmp_path / "part"
+
+
+def judged(*values):
+    """An evaluation that finds these, one after the other."""
+    left = list(values)
+    return lambda model, dataset, **settings: ({"segm/AP": left.pop(0)}, [])
+
+
+def test_a_checkpoint_copied_from_another_run_folder_is_resumed_there(tiny, tmp_path, whole, part):
     (tmp_path / "elsewhere").mkdir()
-    shutil.copy(tmp_path / "part" / "last.ckpt", tmp_path / "elsewhere")
+    shutil.copy(part / "last.ckpt", tmp_path / "elsewhere")
     go_on(tiny, tmp_path / "elsewhere")
-    assert_equal(*(load_checkpoint(tmp_path / run / "last.ckpt")["model"] for run in ("whole", "elsewhere")))
+    assert_same_run(whole, tmp_path / "elsewhere", rows=False)  # the rows before are not there
+    go_on(tiny, tmp_path / "elsewhere")  # nothing is left to do, and nothing lost by that
+    assert_same_run(whole, tmp_path / "elsewhere", rows=False)
+
+
+def test_a_run_that_goes_on_in_another_folder_takes_its_best_weights_and_metrics_along(tiny, tmp_path, whole, part):
+    settings = {"val_set": "clips", "evaluate": judged(0.5)}
+    tiny.run_tiny(tmp_path / "better", {**EVERY_THREE, "stop_after": 6}, **settings)
+    for earlier in ("part", "better"):
+        options = {**EVERY_THREE, "resume": tmp_path / earlier / "last.ckpt"}
+        more = {"val_set": "clips", "evaluate": judged(0.25)} if earlier == "better" else {}
+        more = more or {"val_set": tiny.TinySet(6, first=100)}
+        result = tiny.run_tiny(tmp_path / f"from {earlier}", options, **more).result
+        assert result.weights.parent == tmp_path / f"from {earlier}"
+    assert_same_run(whole, tmp_path / "from part")
+    assert sorted(os.listdir(whole)) == sorted(os.listdir(tmp_path / "from part"))
+    rows = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, tmp_path / "from part")]
+    assert len(rows[0]) == len(rows[1]) == 12 + 2
+    state, info = load_weights(result.weights)  # worse ones came later
+    assert (info.steps, result.best_step) == (6, 6)
+    assert_equal(state, load_weights(tmp_path / "better" / "best.safetensors")[0])
+
+
+def test_best_weights_that_are_lost_are_made_up_for(tiny, tmp_path):
+    settings = {"val_set": "clips", "evaluate": judged(0.5, 0.4, 0.4)}
+    tiny.run_tiny(tmp_path, EVERY_THREE, **settings)
+    (tmp_path / "best.safetensors").unlink()
+    result = tiny.run_tiny(tmp_path, {**EVERY_THREE, "resume": tmp_path / "last.ckpt"}, **settings).result
+    assert (result.best_step, load_weights(result.weights)[1].steps) == (12, 12)

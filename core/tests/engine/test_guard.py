@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from onestage.engine.checkpoint import load_checkpoint
-from onestage.engine.guard import NonFiniteLoss, Suspect, replay, seed_step
+from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_weights
+from onestage.engine.guard import NonFiniteLoss, Suspect, info_of_crash, replay, seed_step
 from onestage.errors import WeightsError
 from onestage.structures import Reference, Target
 
@@ -79,11 +79,12 @@ def test_replay_repeats_a_finite_batch_bit_for_bit(tiny, tmp_path, monkeypatch):
     assert again.first_layer is None
 
 
-def test_a_pair_of_frames_is_kept_whole(tiny, tmp_path):
+def test_a_target_is_kept_whole(tiny, tmp_path):
     box, one = torch.tensor([[1.0, 1.0, 9.0, 9.0]]), torch.tensor([1])
     mask = torch.ones(1, 16, 16, dtype=torch.uint8)
     reference = Reference(torch.full((3, 16, 16), 0.5), box + 1, torch.tensor([7]))
-    target = Target(box, one, mask, one < 0, track_ids=torch.tensor([7]), reference=reference)
+    polygons = (((1.0, 1.0, 9.0, 1.0, 9.0, 9.0),), None)[:1]
+    target = Target(box, one, mask, one < 0, 5, polygons, torch.tensor([7]), reference)
     seen = []
 
     class Watching(tiny.TinyModel):
@@ -93,10 +94,13 @@ def test_a_pair_of_frames_is_kept_whole(tiny, tmp_path):
 
     model = Watching(tiny.TinyConfig())
     images = [torch.zeros(3, 16, 16), torch.ones(3, 16, 16)]
-    Suspect(images, [target, target], (0, 0, 0), 0, 0.1, 2, "fp32").save(tmp_path / "crash-0.pt", model)
+    info = WeightsInfo(package="tiny", config={"width": 4})
+    Suspect(images, [target, target], (0, 0, 0), 0, 0.1, 2, "fp32").save(tmp_path / "crash-0.pt", model, info)
+    assert info_of_crash(tmp_path / "crash-0.pt") == info
     replay(tmp_path / "crash-0.pt", model)
     assert seen[0].track_ids.tolist() == seen[1].reference.track_ids.tolist() == [7]
     assert torch.equal(seen[0].reference.image, reference.image)
+    assert (seen[0].polygons, seen[0].image_id) == (polygons, 5)
 
 
 def test_the_checkpoint_before_the_crash_stays(tiny, tmp_path, exploding):
@@ -123,3 +127,54 @@ def test_skipping_leaves_the_weights_alone_and_goes_on(tiny, tmp_path):
     assert load_checkpoint(tmp_path / "last.ckpt")["state"]["skipped"] == 1
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
     assert not list(tmp_path.glob("crash*"))
+
+
+def test_ten_skipped_steps_in_a_row_stop_the_run(tiny, tmp_path):
+    class NeverFiniteAgain(tiny.TinyModel):
+        calls = 0
+
+        def forward(self, images, targets):
+            self.calls += 1
+            losses = super().forward(images, targets)
+            bad = self.calls % 2 == 0 and self.calls != 4  # the second batch of every step but one
+            return {name: value * (math.nan if bad else 1) for name, value in losses.items()}
+
+    model = NeverFiniteAgain(tiny.TinyConfig())
+    with pytest.raises(NonFiniteLoss, match=r"is not finite at step 11 .*batch saved to"):
+        tiny.run_tiny(tmp_path, {"nan_policy": "skip", "accumulate": 2}, {"length": 30}, model=model)
+
+
+class FiniteLossOnly(torch.autograd.Function):
+    """Zero, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value * 0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_weights_that_a_gradient_has_spoiled_are_not_saved(tiny, tmp_path, evaluates):
+    class Spoiled(tiny.TinyModel):
+        calls = 0
+
+        def forward(self, images, targets):
+            self.calls += 1
+            extra = FiniteLossOnly.apply(self.box.bias[0]) if self.calls == 3 else self.box.bias[0] * 0
+            return {**super().forward(images, targets), "loss_extra": extra}
+
+    options = {"eval_every": 1, "save_every": 0} if evaluates else {"save_every": 1, "eval_every": 0}
+    with pytest.raises(NonFiniteLoss) as caught:
+        tiny.run_tiny(tmp_path, options, model=Spoiled(tiny.TinyConfig()), val_set=tiny.TinySet(3))
+    assert caught.value.what.startswith("after step 3 the weights are not finite (")
+    if evaluates:
+        assert load_weights(tmp_path / "best.safetensors")[1].steps < 3
+        assert caught.value.fix.startswith("start again, ")
+    else:
+        assert caught.value.fix.startswith(f"go on with --resume {tmp_path / 'last.ckpt'}, ")
+        saved = load_checkpoint(tmp_path / "last.ckpt")
+        assert saved["state"]["step"] == 2
+        assert all(tensor.isfinite().all() for tensor in saved["model"].values())

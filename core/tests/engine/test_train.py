@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from onestage.engine import train as train_module
-from onestage.engine.checkpoint import load_checkpoint, load_weights
+from onestage.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from onestage.engine.train import Interrupted
 from onestage.errors import DatasetError, MachineError, UsageError
 
@@ -108,6 +109,28 @@ def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, optimizer, sto
     assert without_pace(read_rows(tmp_path / "whole")) == without_pace(read_rows(tmp_path / "parts"))
 
 
+def test_the_seconds_are_those_of_all_calls(tiny, tmp_path):
+    first = tiny.run_tiny(tmp_path, {"stop_after": 4})
+    saved = load_checkpoint(tmp_path / "last.ckpt")
+    assert 0 < saved["seconds"] <= first.result.seconds
+    saved["seconds"] = 1000.0
+    save_checkpoint(tmp_path / "last.ckpt", {key: value for key, value in saved.items() if key != "format"})
+    assert 1000 < tiny.run_tiny(tmp_path, {"resume": tmp_path / "last.ckpt", "stop_after": 8}).result.seconds < 1100
+    old = {key: value for key, value in load_checkpoint(tmp_path / "last.ckpt").items() if key != "seconds"}
+    save_checkpoint(tmp_path / "last.ckpt", {key: value for key, value in old.items() if key != "format"})
+    assert tiny.run_tiny(tmp_path, {"resume": tmp_path / "last.ckpt"}).result.seconds < 1000
+
+
+def test_a_model_without_masks_is_judged_by_its_boxes(tiny, tmp_path):
+    class Boxes(tiny.TinyModel):
+        def detect(self, images, masks=True):
+            return [replace(found, masks=None) for found in super().detect(images)]
+
+    run = tiny.run_tiny(tmp_path, model=Boxes(tiny.TinyConfig()), val_set=tiny.TinySet(5))
+    assert "segm/AP" not in run.result.best_metrics
+    assert run.result.best_metrics["bbox/AP"] == max(row["bbox/AP"] for row in read_rows(tmp_path, "bbox/AP"))
+
+
 def test_plateau_schedule_resumes_exactly(tiny, tmp_path):
     schedule = {"policy": "plateau", "length": 30, "lr": 0.5}
     whole = tiny.run_tiny(tmp_path / "whole", {}, schedule)
@@ -145,6 +168,30 @@ def test_two_processes_agree_and_resume_exactly(tiny, fork, tmp_path, accumulate
     assert {entry["image_id"] for entry in results} == set(range(100, 106))  # both processes' images
     with pytest.raises(UsageError, match="made with processes 2, this run has 1"):
         tiny.run_tiny(tmp_path / "parts", {**options, "resume": resume}, schedule)
+
+
+def judge_in_two(tiny, folder, schedule):
+    """Trains in two processes; each writes the buffers of the model that it evaluates."""
+    from onestage.engine import distributed
+
+    def judge(model, dataset, **settings):
+        buffers = {name: buffer.tolist() for name, buffer in model.named_buffers()}
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(buffers))
+        return {"segm/AP": 0.5}, []
+
+    distributed.start("cpu")
+    tiny.run_tiny(folder, {"eval_every": 0}, schedule, val_set=tiny.TinySet(6), evaluate=judge)
+    distributed.stop()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_two_processes_evaluate_the_model_that_is_saved(tiny, fork, tmp_path, ema):
+    assert fork(judge_in_two, tiny, tmp_path, {"length": 3, "ema": ema}, processes=2) == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    saved = load_weights(tmp_path / "best.safetensors")[0]
+    assert first == second == {name: saved[name].tolist() for name in first}
+    assert any(value != 0 for value in first["backbone.1.running_mean"])
 
 
 @pytest.mark.slow

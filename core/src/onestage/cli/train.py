@@ -16,12 +16,12 @@ from torch import nn
 
 from onestage.cli.app import config_record
 from onestage.cli.datasets import open_split, open_videos, say_skipped
-from onestage.cli.flags import Call, read_settings
+from onestage.cli.flags import Call
 from onestage.cli.runs import Run, checkpoint_to_resume, open_run
 from onestage.config import config_from_dict, for_trunk
 from onestage.data.ytvis import FramePairs
 from onestage.engine import distributed
-from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
+from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, load_weights
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.train import Interrupted, TrainOptions, TrainResult, train
 from onestage.errors import DatasetError, MachineError, UsageError, some
@@ -68,13 +68,13 @@ def train_in(
     options: TrainOptions,
     info: WeightsInfo,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    resumed: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Runs `engine.train` in an open run folder; an interruption says how to go on and leaves with 130 or 143."""
     score = evaluate_videos if method.is_video(config) else evaluate
     try:
-        return train(
-            model, config, train_set, val_set, options, run.folder, info=info, callback=callback, evaluate=score
-        )
+        settings: dict[str, Any] = {"info": info, "callback": callback, "evaluate": score, "resumed": resumed}
+        return train(model, config, train_set, val_set, options, run.folder, **settings)
     except Interrupted as stopped:
         logger.info("%s", stopped)
         again = f"train --resume {shlex.quote(str(stopped.checkpoint))}" if call.verb == "train" else call.verb
@@ -97,8 +97,12 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     summary_writer = _summary_writer() if "tensorboard" in flags.log else None
     checkpoint = None if flags.resume is None else checkpoint_to_resume(method.name, flags.resume, flags.output)
-    state, info = load_weights(flags.weights, package=method.name) if flags.weights else (None, None)
-    config = _config(method, call, info)
+    state, info = None, None
+    if checkpoint is not None:  # its tensors are the engine's to read; what the run started from is not needed
+        info = WeightsInfo.from_json(load_checkpoint(checkpoint)["info"])
+    elif flags.weights is not None:
+        state, info = load_weights(flags.weights, package=method.name)
+    config = _config(method, call, info, str(checkpoint or flags.weights))
     train_set, val_set = _data(method, call, config)
     config = replace(config, num_classes=len(train_set.categories))
     if flags.overfit is not None:
@@ -147,7 +151,7 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
         _common_run(method.name, record, output=output, overwrite=flags.overwrite, keep=keep) as run,
         _curves(summary_writer, run.folder / "tensorboard") as callback,
     ):
-        result = train_in(run, method, call, model, config, train_set, val_set, options, card, callback)
+        result = train_in(run, method, call, model, config, train_set, val_set, options, card, callback, run.describe)
         num_skipped = say_skipped(train_set, val_set)
         _say_what_next(method, flags, config, result)
         return _result(result) | {"bad_samples": num_skipped, "run": str(run.folder)}
@@ -191,11 +195,11 @@ def _curves(writer: Any, folder: Path) -> Iterator[Callable[[dict[str, Any]], No
         yield write
 
 
-def _config(method: Method, call: Call, info: WeightsInfo | None) -> Any:
-    """The config to train: the weights' own where there are some, and a trunk that can learn where there are none."""
+def _config(method: Method, call: Call, info: WeightsInfo | None, file: str) -> Any:
+    """The config to train: that of weights or a checkpoint where there are some, else with a trunk that can learn."""
     flags, config = call.flags, call.config
     if info is not None:
-        stored = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
+        stored = call.on_top_of(config_from_dict(method.config_type, info.config, f"{file}: config"))
         return replace(stored, schedule=config.schedule)
     if flags.weights_backbone is not None:
         if not Path(flags.weights_backbone).is_file():
@@ -237,13 +241,11 @@ def _data(method: Method, call: Call, config: Any) -> tuple[Any, Any]:
 
 
 def _replay(method: Method, call: Call, device: torch.device) -> dict[str, Any]:
-    from onestage.engine.guard import replay
+    from onestage.engine.guard import info_of_crash, replay
 
-    config_file = call.flags.replay.parent / "config.json"
-    config: Any = call.config
-    if call.flags.config is None and config_file.is_file():
-        config = config_from_dict(method.config_type, read_settings(config_file)["model"], str(config_file))
-    seen = replay(call.flags.replay, method.build(config), device)
+    path = call.flags.replay
+    config: Any = config_from_dict(method.config_type, info_of_crash(path).config, f"{path}: config")
+    seen = replay(path, method.build(config), device)
     for name, value in seen.losses.items():
         logger.info("%-20s %g", name, value)
     logger.info("first layer whose output is not finite: %s", seen.first_layer or "none")

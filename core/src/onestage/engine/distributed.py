@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -98,6 +99,18 @@ def reduce_mean(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Writes rank 0's numbers into the tensors of every process.
+
+    Args:
+        tensors: As many, of the same shapes and types, in every process; on the group's device.
+    """
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def gather(value: Any) -> list[Any]:

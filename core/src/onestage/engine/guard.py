@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onestage.engine.checkpoint import load_checkpoint, save_checkpoint
+from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, save_checkpoint
 from onestage.errors import UserError, some
 from onestage.structures import Reference, Target
 
@@ -76,8 +76,8 @@ class Suspect:
     batch_size: int
     precision: str
 
-    def save(self, path: Path, model: nn.Module) -> None:
-        """Writes the batch, its random state and the weights it met."""
+    def save(self, path: Path, model: nn.Module, info: WeightsInfo) -> None:
+        """Writes the batch, its random state, the weights it met and what they are."""
         targets = [
             {
                 "boxes": t.boxes,
@@ -85,6 +85,7 @@ class Suspect:
                 "masks": t.masks,
                 "iscrowd": t.iscrowd,
                 "image_id": t.image_id,
+                "polygons": t.polygons,
                 "track_ids": t.track_ids,
                 "reference": None if t.reference is None else vars(t.reference),
             }
@@ -94,10 +95,10 @@ class Suspect:
             "images": list(self.images),
             "targets": targets,
             "seed": self.seed,
-            "rng": torch.get_rng_state(),
             "step": self.step,
             "precision": self.precision,
             "model": model.state_dict(),
+            "info": info.to_json(),
         }
         save_checkpoint(path, content, "crash")
 
@@ -118,17 +119,29 @@ class Suspect:
         )
 
 
+def info_of_crash(path: str | Path) -> WeightsInfo:
+    """What the weights in a crash file are, their config among it.
+
+    Raises:
+        WeightsError: no such file, damaged, or something else.
+    """
+    return WeightsInfo.from_json(load_checkpoint(path, "crash")["info"])
+
+
 def replay(path: str | Path, model: nn.Module, device: torch.device | str = "cpu") -> Replay:
     """Repeats the batch of a crash file with the weights and the random state it met.
 
     Args:
         path: A crash-<step>.pt.
-        model: Built from the run's config; its weights are replaced.
+        model: Built from the run's config (`info_of_crash`); its weights are replaced.
         device: Where to run.
+
+    Raises:
+        WeightsError: no such file, damaged, or of another model.
     """
     crash = load_checkpoint(path, "crash")
     device = torch.device(device)
-    model.load_state_dict(crash["model"])
+    load_into(model, crash["model"], WeightsInfo.from_json(crash["info"]))
     model.to(device).train()
     images = [image.to(device) for image in crash["images"]]
     targets = [_target_of(saved).to(device) for saved in crash["targets"]]

@@ -39,14 +39,16 @@ from onestage.engine.checkpoint import (
     write_atomically,
 )
 from onestage.engine.evaluate import evaluate
-from onestage.engine.guard import Suspect, autocast, seed_step
+from onestage.engine.guard import NonFiniteLoss, Suspect, autocast, seed_step
 from onestage.engine.journal import Journal
 from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
 from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, MachineError, UsageError, some
+from onestage.machine import default_workers, peak_memory
 from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
+MAX_SKIPPED = 10  # steps in a row that `nan_policy` "skip" leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,8 @@ class TrainOptions:
         log_every: Steps between rows of metrics.
         resume: A last.ckpt to go on from.
         stop_after: Stop, saved and resumable, once this many steps are done.
-        nan_policy: What a loss that is not finite does: stop the run, or skip the step.
-        metric: The number that decides which weights are the best.
+        nan_policy: What a loss that is not finite does: stop the run, or skip the step, up to MAX_SKIPPED in a row.
+        metric: The number that decides which weights are the best; of a model without masks that of its boxes.
         eval_batch: Images per forward pass of an evaluation.
         progress: Show bars on stderr.
     """
@@ -99,7 +101,8 @@ class TrainResult:
         metrics: Of the last evaluation; empty without one.
         best_metrics: Of the evaluation whose weights are in `weights`.
         best_step: When that was.
-        seconds: This call took.
+        seconds: It took, over all calls that had a part in it; what was computed after the checkpoint that another
+            one went on from is not counted.
         weights: best.safetensors.
         checkpoint: last.ckpt.
     """
@@ -141,6 +144,7 @@ def train(
     info: WeightsInfo,
     callback: Callable[[dict[str, Any]], None] | None = None,
     evaluate: Callable[..., tuple[dict[str, float], list[dict[str, Any]]]] = evaluate,
+    resumed: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Trains `model` by `config.schedule` and leaves metrics, checkpoint and best weights in `folder`.
 
@@ -156,20 +160,20 @@ def train(
         info: What the weights are; steps and metrics are filled in.
         callback: Gets each row of metrics, in process 0.
         evaluate: Scores the model on `val_set`; `evaluate_videos` where that is a set of videos.
+        resumed: Called once `options.resume` has been taken up, before anything is written to `folder`.
 
     Raises:
         Interrupted: a signal ended the run early, saved.
-        NonFiniteLoss: a loss was not finite and `nan_policy` is "stop".
+        NonFiniteLoss: a loss was not finite and `nan_policy` is "stop", MAX_SKIPPED were not in a row, or weights that
+            are to be saved are not.
         UsageError, MachineError, WeightsError, DatasetError: as their texts say.
     """
-    started = time.perf_counter()
-    run = _Run(model, config, train_set, val_set, options, folder, info, callback, evaluate)
+    run = _Run(model, config, train_set, val_set, options, folder, info, callback, evaluate, resumed)
     run.announce()
     run.loop()
     state = run.state
-    seconds = time.perf_counter() - started
     return TrainResult(
-        state.step, state.metrics, state.best_metrics, state.best_step, seconds, run.best_file, run.last_file
+        state.step, state.metrics, state.best_metrics, state.best_step, run.seconds, run.best_file, run.last_file
     )
 
 
@@ -205,7 +209,9 @@ class _Run:
         info: WeightsInfo,
         callback: Callable[[dict[str, Any]], None] | None,
         evaluate: Callable[..., tuple[dict[str, float], list[dict[str, Any]]]],
+        resumed: Callable[[], None] | None,
     ):
+        self.started, self.seconds_before = time.perf_counter(), 0.0
         self.schedule: ScheduleConfig = config.schedule
         self.train_set, self.val_set = train_set, val_set
         self.options, self.info, self.folder, self.callback = options, info, folder, callback
@@ -214,7 +220,7 @@ class _Run:
         self.device = _device(options)
         self.rank = distributed.rank()
         self.micro_batch = _micro_batch(self.schedule, options, train_set)
-        self.workers = _default_workers(self.device) if options.workers is None else options.workers
+        self.workers = default_workers(self.device) if options.workers is None else options.workers
         self.loader = make_loader(
             train_set,
             config.input,
@@ -236,12 +242,21 @@ class _Run:
         self.optimizer = make_optimizer(model, self.schedule)
         self.average = None if self.schedule.ema is None else AveragedModel(model, multi_avg_fn=_ema(self.schedule.ema))
         self.state = _State()
+        self.skipped_in_a_row = 0
         if options.resume is not None:
             self.restore(options.resume)
+            if resumed is not None:
+                resumed()
+            self.take_along(options.resume.parent)
         self.network = _distributed(model, self.device)
         self.window = _Window()
         folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder, self.state.rows, writes=distributed.rank_zero())
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, earlier calls included."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def loop(self) -> None:
         options, state = self.options, self.state
@@ -270,6 +285,8 @@ class _Run:
                     self.report({"lr": lr, **self.window.means()})
                     self.window = _Window()
                 saves = stop or state.step == end or _due(state.step, self.save_every)
+                if saves or self.must_judge():
+                    self.require_finite()
                 if saves:  # before an evaluation: that takes longer than one who stops a run waits
                     self.save()
                 if stop and state.step < self.total:
@@ -299,12 +316,12 @@ class _Run:
                     suspect = Suspect(images, targets, seed, state.step, lr, schedule.batch_size, options.precision)
                     self.refuse(suspect, losses, terms)
                     self.optimizer.zero_grad(set_to_none=True)
-                    state.skipped += 1
                     return math.nan, stop
                 (torch.stack(list(losses.values())).sum() / options.accumulate).backward()
             loss += sum(terms.values()) / options.accumulate
             self.window.add(terms, len(images) * distributed.world_size())
             self.note_batch(sum(terms.values()))
+        self.skipped_in_a_row = 0
         if schedule.clip_norm is not None:
             self.window.add_norm(nn.utils.clip_grad_norm_(self.model.parameters(), schedule.clip_norm))
         self.optimizer.step()
@@ -320,6 +337,7 @@ class _Run:
         except WorkerDied as died:
             if part > 0 or not distributed.rank_zero():
                 raise
+            self.require_finite()
             self.write_checkpoint()
             raise WorkerDied(
                 f"{died.what} after step {self.state.step}, which is saved",
@@ -344,6 +362,7 @@ class _Run:
         state, learned = self.state, self.model if self.average is None else self.average.module
         state.judged = state.step
         value = 0.0
+        distributed.share(learned.buffers())  # batch norms that learn have seen other images in every process
         if self.val_set is not None:
             state.metrics, results = self.evaluate(
                 learned,
@@ -354,9 +373,12 @@ class _Run:
                 progress=self.options.progress,
             )
             self.report(state.metrics)
-            if self.options.metric not in state.metrics:
+            metric = self.options.metric
+            if metric not in state.metrics:
+                metric = metric.replace("segm/", "bbox/")  # a model without masks
+            if metric not in state.metrics:
                 raise UsageError(f"metric '{self.options.metric}' is unknown", f"use one of {', '.join(state.metrics)}")
-            value = state.metrics[self.options.metric]
+            value = state.metrics[metric]
             say(f"step {state.step}: " + ", ".join(f"{name} {state.metrics[name]:.3f}" for name in _headline(state)))
             if distributed.rank_zero():
                 write_atomically(self.folder / "results.json", json.dumps(results).encode())
@@ -376,13 +398,33 @@ class _Run:
         """Deals with a loss that is not finite in some process: raises, or returns to have the step skipped."""
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         if self.options.nan_policy == "skip":
+            self.state.skipped += 1
+            self.skipped_in_a_row += 1
             say(str(suspect.error(bad, None).what) + "; step skipped", logging.WARNING)
-            return
+            if self.skipped_in_a_row < MAX_SKIPPED:
+                return
+            say(f"{MAX_SKIPPED} steps in a row were skipped: nothing is learned any more", logging.WARNING)
         mine = [name for name, value in losses.items() if not math.isfinite(float(value.detach()))]
         path = self.folder / (f"crash-{suspect.step}.pt" if self.rank == 0 else f"crash-{suspect.step}-{self.rank}.pt")
         if mine:
-            suspect.save(path, self.model)
+            suspect.save(path, self.model, self.info)
         raise suspect.error(mine or bad, path if mine else None)
+
+    def require_finite(self) -> None:
+        """Keeps weights that a gradient has spoiled, though the loss was finite, from replacing good ones on disk.
+
+        Raises:
+            NonFiniteLoss: some are infinite or NaN.
+        """
+        state = self.model.state_dict()
+        finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()  # one synchronisation
+        bad = [name for name, is_finite in zip(state, finite, strict=True) if not is_finite]
+        if bad:
+            go_on = f"go on with --resume {self.last_file}" if self.last_file.exists() else "start again"
+            raise NonFiniteLoss(
+                f"after step {self.state.step} the weights are not finite ({some(bad)}), and are not saved",
+                f"{go_on}, a lower learning rate or --grad-clip; its gradients were not finite",
+            )
 
     def save(self) -> None:
         """Writes last.ckpt from process 0; the state is the same in all, but for their random generators, which follow
@@ -397,6 +439,7 @@ class _Run:
             self.last_file,
             {
                 "state": asdict(self.state),
+                "seconds": self.seconds,  # apart from the state, which a resumed run repeats bit for bit
                 "fingerprint": self.fingerprint(),
                 "model": self.model.state_dict(),
                 "ema": None if self.average is None else self.average.module.state_dict(),
@@ -427,7 +470,20 @@ class _Run:
                 f"'{path}' groups parameters otherwise than this run ({error})", "resume with the config of that run"
             ) from error
         self.state = _State(**{**saved["state"], "plateau": Plateau(**saved["state"]["plateau"])})
+        self.seconds_before = saved.get("seconds", 0.0)
         say(f"resumed from {path} after step {self.state.step}")
+
+    def take_along(self, earlier: Path) -> None:
+        """Brings what belongs to the resumed checkpoint into a new folder; best weights that are lost are forgotten."""
+        state = self.state
+        if distributed.rank_zero() and earlier.resolve() != self.folder.resolve():
+            for name in (self.best_file.name, "metrics.jsonl", "results.json"):
+                if (earlier / name).is_file():
+                    write_atomically(self.folder / name, (earlier / name).read_bytes())
+        if state.best_step > 0 and not distributed.broadcast((earlier / self.best_file.name).is_file()):
+            say(f"the best weights, of step {state.best_step}, are not beside the checkpoint", logging.WARNING)
+            state.best_step, state.best_value, state.best_metrics = 0, -math.inf, {}
+            state.judged = 0  # these weights are evaluated anew if that is due after this step
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change when a run is resumed, because the position in the data or the tensors depend on it."""
@@ -472,7 +528,7 @@ class _Run:
 
     def announce_first_step(self, seconds: float, steps_left: int) -> None:
         say(
-            f"first step took {seconds:.2f} s, peak memory {_peak_memory(self.device) / 1e9:.2f} GB; "
+            f"first step took {seconds:.2f} s, peak memory {peak_memory(self.device) / 1e9:.2f} GB; "
             f"at that pace {steps_left} more steps take {_duration(seconds * steps_left)}"
         )
 
@@ -598,11 +654,6 @@ def _micro_batch(schedule: ScheduleConfig, options: TrainOptions, train_set: Ins
     return schedule.batch_size // parts
 
 
-def _default_workers(device: torch.device) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores // 2) if device.type == "cuda" or cores > 4 else 0
-
-
 def _interval(wanted: int | None, schedule: ScheduleConfig, steps_per_epoch: float) -> int:
     """Steps between two events of a kind; 0 for none before the end."""
     if wanted is not None:
@@ -654,17 +705,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)}), {distributed.world_size()} processes"
     return f"{device} ({torch.get_num_threads()} threads), {distributed.world_size()} processes"
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return math.nan
-    import resource  # only where the platform has it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _duration(seconds: float) -> str:
