@@ -83,14 +83,14 @@ class SAIS(nn.Module):
         # Not by `_replace`, which torch.compile does not trace.
         return raw if self.protonet is None else RawOutput(*(*raw[:-1], self.protonet(levels[0])))
 
+    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
+        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
+        return self._detect(images, "binary" if masks else "none")
+
     def dense_outputs(self, pixels: Tensor) -> RawOutput:
         """`raw_outputs` with the coefficients of every location in place of what they are read from, for export."""
         raw = self.raw_outputs(pixels)
         return raw._replace(coefficients=self.head.dense_coefficients(raw.features), features=[])
-
-    def detect(self, images: list[Tensor], masks: bool = True) -> list[Detections]:
-        """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
-        return self._detect(images, "binary" if masks else "none")
 
     @torch.no_grad()
     def _detect(self, images: list[Tensor], masks: MaskForm) -> list[Detections]:
