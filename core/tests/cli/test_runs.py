@@ -81,9 +81,10 @@ def test_overwrite_takes_away_what_the_verb_left_and_nothing_else(tmp_path):
         for name in (*ours, "last.ckpt", "predictions.txt"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("x")
+        (out / "masks" / "y").mkdir()  # of an image without instances: --skip-existing would take it for done
     with open_run("toy", "predict", {}, output=out, overwrite=True):
-        found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert found == {*kept, "config.json", "environment.json", "log.txt"}
+        found = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    assert found == {*kept, "images", "config.json", "environment.json", "log.txt"}
 
 
 def test_pictures_of_a_folder_without_a_run_are_not_ours(tmp_path):

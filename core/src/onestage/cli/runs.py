@@ -30,7 +30,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "train": (*OF_TRAINING, "tensorboard/events.out.tfevents.*"),
     "eval": ("results.json", "metrics.json"),
     "predict": ("predictions.json", "predictions-*-of-*.json", "predictions.jsonl", "predicted.mp4")
-    + ("images/**/*.jpg", "masks/**/*.png"),
+    + ("images/**/*.jpg", "images/**/", "masks/**/*.png", "masks/**/"),
     "track": ("tracks.jsonl", "tracks.json", "tracked.mp4", "results.json", "summary.json"),
     "export": ("network.onnx", "network.pt2", "decode.safetensors", "export.json", "results.json"),
     "benchmark": ("results.json",),
@@ -223,8 +223,11 @@ def _take_away(folder: Path, verb: str) -> None:
         )
     began = (folder / "config.json").stat().st_mtime if earlier else math.inf
     for pattern in (*OWN_FILES.get(verb, ()), *OF_EVERY_RUN):
-        for path in list(folder.glob(pattern)):
-            if path.parent == folder or path.stat().st_mtime >= began:
+        for path in sorted(folder.glob(pattern), reverse=True):
+            if path.is_dir():
+                with suppress(OSError):  # it is not empty
+                    path.rmdir()
+            elif path.parent == folder or path.stat().st_mtime >= began:
                 path.unlink()
 
 
