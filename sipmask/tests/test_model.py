@@ -102,6 +102,33 @@ def test_forms_of_the_masks_agree(images):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, PLUS, VIDEO], ids=["image", "plus", "video"])
+def test_an_image_without_detections_has_masks_of_every_form(images, config):
+    model = _model(replace(config, inference=replace(config.inference, score_threshold=1.0))).eval()
+    shapes = {"bool": (0, 96, 128), "prob": (0, 1, 96, 128), "lowres": (0, 1, 64, 64)}
+    for model.mask_output in ("bool", "prob", "lowres", "rle", "packed"):
+        nothing = model(images[:1])[0]
+        assert nothing["boxes"].shape == (0, 4)
+        if model.mask_output in shapes:
+            assert nothing["masks"].shape == shapes[model.mask_output]
+        else:
+            assert len(nothing["masks"]) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nms", ["greedy", "fast"])
+def test_what_is_detected_under_autocast_is_float32(images, nms):
+    inference = replace(TINY.inference, nms=nms)
+    model = _model(replace(VIDEO, rescore=True, inference=inference)).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.raw_outputs(torch.zeros(1, 3, 128, 128)).logits.dtype == torch.bfloat16
+        found = model.detect(images[:1])[0]
+    assert len(found) > 0
+    for part in (found.boxes, found.scores, found.mask_scores, found.embeddings):
+        assert part.dtype == torch.float32
+
+
+@torch.no_grad()
 def test_float_and_uint8_images_give_the_same(images):
     model = _model().eval()
     bytes_, floats = model.detect(images)[0], model.detect([image / 255 for image in images])[0]
@@ -227,7 +254,15 @@ def test_a_video_model_gives_embeddings_and_follows_objects(images):
     assert len(again.masks) == len(again) <= 10
     assert len(set(again.track_ids.tolist())) == len(again)
     assert {"embeddings", "masks"} <= model(images[:1])[0].keys()
-    assert model.tracker(max_age=3, max_tracks=2).rules.max_tracks == 2
+
+
+def test_a_tracker_forgets_as_the_config_says_or_as_it_is_told():
+    model = _model(replace(VIDEO, association=replace(VIDEO.association, max_age=30, max_tracks=7)))
+    assert model.tracker().rules == model.config.association
+    assert model.tracker(max_age=None).rules == replace(model.config.association, max_age=None)
+    assert model.tracker(max_age=3, max_tracks=None).rules == replace(
+        model.config.association, max_age=3, max_tracks=None
+    )
 
 
 def test_an_image_model_has_no_tracker():

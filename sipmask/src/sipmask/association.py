@@ -15,6 +15,7 @@ from onestage.boxes import iou_matrix
 from onestage.errors import UsageError
 from onestage.structures import Detections
 from sipmask.config import AssociationConfig
+from sipmask.tracking import match_logits
 
 LOWEST = -100.0  # what a detection must score more than to be taken for a known object
 
@@ -118,8 +119,7 @@ def matching_scores(memory: Memory, found: Detections, rules: AssociationConfig)
         [N, 1 + K] float32.
     """
     assert found.embeddings is not None
-    similarity = found.embeddings.float() @ memory.embeddings.float().T
-    log_probability = torch.cat((similarity.new_zeros(len(found), 1), similarity), 1).log_softmax(1)
+    log_probability = match_logits(found.embeddings, memory.embeddings).log_softmax(1)
     overlap = iou_matrix(found.boxes, memory.boxes)
     same_class = (found.labels[:, None] == memory.labels).float()
     return (

@@ -91,11 +91,19 @@ def decode(
 
 
 def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig, room: int | None = None) -> Selected:
-    """Scores, decodes and suppresses the locations of image `i`, in `room` rows if that is given."""
+    """Scores, decodes and suppresses the locations of one image.
+
+    Args:
+        raw: Outputs of the network for B images; class scores, distances and centerness are read.
+        i: Which of the B images.
+        frame: How it became input.
+        config: Inference settings and profile.
+        room: Rows of the result, see `onestage.nn.nms.settled`; None: as many as there are detections.
+    """
     rules = config.inference
-    scores, centerness = raw.logits[i].sigmoid(), raw.centerness[i].sigmoid()
     if config.profile == "fc":
         return _select_pairs(raw, i, frame, config, room)
+    scores, centerness = raw.logits[i].float().sigmoid(), raw.centerness[i].float().sigmoid()
     index = _candidates(scores.amax(1) * centerness, raw.sizes, rules.candidates_per_level)
     scores, centerness = scores[index], centerness[index]
     boxes = _boxes(raw, i, index, frame)
@@ -124,9 +132,14 @@ def select(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig, roo
 
 
 def to_image(selected: Selected, frame: ImageFrame) -> Detections:
-    """Boxes in image pixels, exclusive, at least one pixel wide and high.
+    """What was selected as `Detections` without masks: boxes in image pixels, exclusive, at least one pixel wide and
+    high.
 
     Linear distances may be negative and turn a box inside out, mostly in untrained models.
+
+    Args:
+        selected: N detections, boxes legacy, input pixels.
+        frame: How the image became input.
     """
     boxes = _unscale(selected.boxes, frame)
     boxes = torch.cat((boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])), 1)
@@ -146,12 +159,11 @@ def assemble(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageFra
     Returns:
         `Masks` of the image's size.
     """
-    cells = boxes / config.basis_stride
-    extent = (basis.shape[1] * config.basis_upsample, basis.shape[2] * config.basis_upsample)
+    cells, windows, extent = _on_grid(boxes, basis, config)
     return assemble_masks(
         basis,
         coefficients,
-        crop_window(cells, extent),
+        windows,
         boxes=cells,
         grid=config.grid,
         upsample=config.basis_upsample,
@@ -173,16 +185,8 @@ def soft_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, frame: ImageF
 
 def low_resolution_masks(basis: Tensor, coefficients: Tensor, boxes: Tensor, config: SipMaskConfig) -> Tensor:
     """Cropped probabilities on the basis grid after up-sampling: [N, h, w] at `config.basis_stride`, float32."""
-    cells = boxes / config.basis_stride
-    extent = (basis.shape[1] * config.basis_upsample, basis.shape[2] * config.basis_upsample)
-    return assemble_soft(
-        basis,
-        coefficients,
-        crop_window(cells, extent),
-        boxes=cells,
-        grid=config.grid,
-        upsample=config.basis_upsample,
-    )
+    cells, windows, _ = _on_grid(boxes, basis, config)
+    return assemble_soft(basis, coefficients, windows, boxes=cells, grid=config.grid, upsample=config.basis_upsample)
 
 
 def _select_pairs(raw: RawOutput, i: int, frame: ImageFrame, config: SipMaskConfig, room: int | None) -> Selected:
@@ -221,6 +225,13 @@ def _boxes(raw: RawOutput, i: int, index: Tensor, frame: ImageFrame) -> Tensor:
 def _unscale(boxes: Tensor, frame: ImageFrame) -> Tensor:
     vertical, horizontal = frame.scale
     return box_ops.scale(boxes, (1 / vertical, 1 / horizontal))
+
+
+def _on_grid(boxes: Tensor, basis: Tensor, config: SipMaskConfig) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Boxes [N, 4] in cells of the up-sampled basis masks, their windows [N, 4] int64, and that grid's size."""
+    cells = boxes / config.basis_stride
+    extent = (basis.shape[1] * config.basis_upsample, basis.shape[2] * config.basis_upsample)
+    return cells, crop_window(cells, extent), extent
 
 
 def _resized_size(extent: tuple[int, int], frame: ImageFrame, config: SipMaskConfig) -> tuple[int, int]:

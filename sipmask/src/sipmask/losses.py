@@ -24,6 +24,7 @@ from onestage.ops.mask_loss import masks_on_grid, window_mask_loss
 from onestage.ops.nms import greedy_nms
 from sipmask.config import SipMaskConfig
 from sipmask.scoring import mask_iou
+from sipmask.tracking import match_logits
 
 if TYPE_CHECKING:
     from onestage.structures import Reference
@@ -38,7 +39,7 @@ JITTER = 0.05  # largest shift and growth of a reference box, in widths and heig
 
 
 @dataclass(frozen=True)
-class Kept:
+class MaskPositives:
     """The positives of one image whose predicted box is more than a cell large: the mask losses are of these.
 
     Args:
@@ -56,9 +57,9 @@ class Kept:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, keep: Tensor) -> Kept:
+    def __getitem__(self, keep: Tensor) -> MaskPositives:
         """The positives that `keep` (bool or int64 index) selects."""
-        return Kept(self.index[keep], self.boxes[keep], self.instance[keep], self.labels[keep])
+        return MaskPositives(self.index[keep], self.boxes[keep], self.instance[keep], self.labels[keep])
 
     @property
     def area(self) -> Tensor:
@@ -107,16 +108,33 @@ def compute_losses(
     return losses
 
 
-def kept_positives(raw: RawOutput, targets: SipMaskTargets, i: int, config: SipMaskConfig) -> Kept:
-    """Those of image `i`."""
+def kept_positives(raw: RawOutput, targets: SipMaskTargets, i: int, config: SipMaskConfig) -> MaskPositives:
+    """The positives of one image that the mask losses are of.
+
+    Args:
+        raw: Outputs of B images; locations and distances are read.
+        targets: What the locations answer for.
+        i: Which of the B images.
+        config: Cell size of the basis masks.
+    """
     index = (targets.assigned.labels[i] >= 0).nonzero().flatten()
     boxes = fcos.decode_ltrb(raw.points[index], raw.distances[i, index].detach()) / config.basis_stride
-    kept = Kept(index, boxes, targets.assigned.index[i, index], targets.assigned.labels[i, index])
+    kept = MaskPositives(index, boxes, targets.assigned.index[i, index], targets.assigned.labels[i, index])
     return kept[kept.area > 1.0]
 
 
 def classification_loss(logits: Tensor, labels: Tensor, num_positives: Tensor, config: SipMaskConfig) -> Tensor:
-    """Focal loss over all locations and classes; mm divides by positives + images, fc by positives, at least 1."""
+    """Focal loss over all locations and classes; mm divides by positives + images, fc by positives, at least 1.
+
+    Args:
+        logits: [B, P, K].
+        labels: [B, P] int64, class 0..K-1, -1 for background.
+        num_positives: [] float32, locations of the batch that are not background.
+        config: Profile, alpha and gamma.
+
+    Returns:
+        [] float32.
+    """
     if config.profile == "fc":
         normaliser = reduce_mean(num_positives).clamp(min=1.0)
     else:
@@ -133,6 +151,10 @@ def box_loss(distances: Tensor, ltrb: Tensor, strides: Tensor, centerness: Tenso
         ltrb: [N, 4] target distances, pixels.
         strides: [N] pixels; distances are compared in strides, which makes the "+1" one stride wide; vis: in pixels.
         centerness: [N] targets in [0, 1], the weights.
+        config: Profile.
+
+    Returns:
+        [] float32.
     """
     unit = torch.ones_like(strides) if config.profile == "vis" else strides
     predicted, wanted = distances / unit[:, None], ltrb / unit[:, None]
@@ -147,16 +169,36 @@ def box_loss(distances: Tensor, ltrb: Tensor, strides: Tensor, centerness: Tenso
 
 
 def centerness_loss(logits: Tensor, target: Tensor, num_positives: Tensor, config: SipMaskConfig) -> Tensor:
-    """Binary cross-entropy over positives, divided by their number."""
+    """Binary cross-entropy over positives, divided by their number.
+
+    Args:
+        logits: [N] of positives.
+        target: [N] in [0, 1].
+        num_positives: [] float32, N; fc averages it over processes.
+        config: Profile.
+
+    Returns:
+        [] float32.
+    """
     reduce = config.profile == "fc" or config.reduce_normalisers
     total = reduce_mean(num_positives) if reduce else num_positives
     return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / total.clamp(min=1.0)
 
 
-def mask_loss(raw: RawOutput, targets: SipMaskTargets, kept: Sequence[Kept], config: SipMaskConfig) -> Tensor:
-    """Mask alignment weighting loss: BCE of each positive inside its *predicted* box, weighted by score x IoU."""
+def mask_loss(raw: RawOutput, targets: SipMaskTargets, kept: Sequence[MaskPositives], config: SipMaskConfig) -> Tensor:
+    """Mask alignment weighting loss: BCE of each positive inside its *predicted* box, weighted by score x IoU.
+
+    Args:
+        raw: Outputs of B images; basis masks, coefficients and, without gradient, class logits are read.
+        targets: Boxes and masks of the instances.
+        kept: Of each image; one without any adds 0.
+        config: Grid, weighting, profile.
+
+    Returns:
+        [] float32, the mean over the B images.
+    """
     basis = F.interpolate(raw.basis, scale_factor=config.basis_upsample, mode="bilinear", align_corners=False)
-    total = raw.basis.new_zeros(())
+    total = raw.points.new_zeros(())
     for i, of_image in enumerate(kept):
         if len(of_image) > 0:
             total = total + _image_mask_loss(raw, targets, of_image, basis[i], i, config)
@@ -167,9 +209,20 @@ def mask_loss(raw: RawOutput, targets: SipMaskTargets, kept: Sequence[Kept], con
 
 
 def scoring_loss(
-    raw: RawOutput, targets: SipMaskTargets, kept: Sequence[Kept], scoring: MaskScoring, config: SipMaskConfig
+    raw: RawOutput, targets: SipMaskTargets, kept: Sequence[MaskPositives], scoring: MaskScoring, config: SipMaskConfig
 ) -> Tensor:
-    """Squared error of the predicted mask IoU, over masks that are of some use and of objects of some size."""
+    """Squared error of the predicted mask IoU, over masks that are of some use and of objects of some size.
+
+    Args:
+        raw: Outputs of B images; basis masks and coefficients are read, without gradient.
+        targets: Masks of the instances.
+        kept: Of each image.
+        scoring: Predicts the IoUs; it alone learns.
+        config: Grid and cell size.
+
+    Returns:
+        [] float32.
+    """
     assert raw.coefficients is not None
     errors = [torch.stack([parameter.sum() for parameter in scoring.parameters()]) * 0]  # in the graph in any case
     for i, of_image in enumerate(kept):
@@ -187,7 +240,7 @@ def scoring_loss(
         wanted = mask_iou(soft, truth[of_image.instance], SCORED_THRESHOLD)
         counted = wanted > SCORED_IOU
         errors.append((scoring(soft[counted], of_image.labels[counted]) - wanted[counted]) ** 2)
-    count, more = raw.logits.new_tensor(float(sum(len(part) for part in errors[1:]))), 0.1
+    count, more = raw.points.new_tensor(float(sum(len(part) for part in errors[1:]))), 0.1
     if config.reduce_normalisers:
         count, more = reduce_mean(count), more / world_size()
     return SCORING_WEIGHT * torch.cat(errors).sum() / (count + more)
@@ -196,7 +249,7 @@ def scoring_loss(
 def match_loss(
     raw: RawOutput,
     targets: SipMaskTargets,
-    kept: Sequence[Kept],
+    kept: Sequence[MaskPositives],
     tracking: TrackingBranch,
     config: SipMaskConfig,
     jitter: Sequence[Tensor] | None = None,
@@ -210,18 +263,19 @@ def match_loss(
         tracking: Reads embeddings where boxes have their centres.
         config: Cell size of the kept boxes.
         jitter: What `jittered` draws, given for each image.
+
+    Returns:
+        [] float32, the mean over the B images of the mean over an image's positives.
     """
     assert raw.tracking is not None
     assert raw.reference_tracking is not None
-    total = raw.tracking.new_zeros(())
+    total = raw.points.new_zeros(())
     for i, (of_image, reference) in enumerate(zip(kept, targets.references, strict=True)):
         embeddings = tracking.embed(raw.tracking[i], of_image.boxes * config.basis_stride)
         boxes = jittered(reference.boxes, None if jitter is None else jitter[i])
         known = tracking.embed(raw.reference_tracking[i], boxes)
-        similarity = embeddings @ known.T
-        logits = torch.cat((similarity.new_zeros(len(of_image), 1), similarity), 1)
         wanted = same_object(targets.track_ids[i], reference)[of_image.instance]
-        losses = F.cross_entropy(logits.float(), wanted, reduction="sum") / max(1, len(of_image))
+        losses = F.cross_entropy(match_logits(embeddings, known), wanted, reduction="sum") / max(1, len(of_image))
         total = total + losses + 0 * (embeddings.sum() + known.sum())
     return total / len(kept)
 
@@ -232,6 +286,9 @@ def jittered(boxes: Tensor, draw: Tensor | None = None) -> Tensor:
     Args:
         boxes: [G, 4] legacy xyxy, input pixels.
         draw: [G, 4] in [-0.05, 0.05]: shift in x and y, growth in x and y; None draws it.
+
+    Returns:
+        [G, 4] legacy xyxy, input pixels.
     """
     if draw is None:
         draw = (2 * torch.rand(boxes.shape) - 1).to(boxes) * JITTER
@@ -249,32 +306,34 @@ def same_object(track_ids: Tensor, reference: Reference) -> Tensor:
 
 
 def alignment_weights(
-    logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor, weighting: str
+    logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor, config: SipMaskConfig
 ) -> tuple[Tensor, Tensor]:
-    """The raw alpha of Sec. 3.4 and the class score in it; both carry no gradient.
+    """The alpha of Sec. 3.4 and the class score in it; both carry no gradient.
 
     Args:
-        logits: [N, K] class logits of positives.
+        logits: [N, K] class logits of the positives of one image.
         labels: [N] int64 class of the answered instance.
         boxes: [N, 4] predicted boxes, legacy, at mask resolution.
         gt_boxes: [N, 4] answered boxes, the same frame.
-        weighting: Which factors enter; "none" gives ones.
+        config: `weighting` says which factors enter, "none" gives ones; `normalize_weighting` makes their mean 1.
 
     Returns:
-        alpha [N] and score [N].
+        alpha [N] and score [N], float32.
     """
-    score = logits.detach().gather(1, labels[:, None]).squeeze(1).sigmoid()
+    score = logits.detach().gather(1, labels[:, None]).squeeze(1).float().sigmoid()
     overlap = paired_iou(boxes, gt_boxes, legacy=True)
     alpha = torch.ones_like(score)
-    if weighting in ("cls", "cls_loc"):
+    if config.weighting in ("cls", "cls_loc"):
         alpha = alpha * score
-    if weighting in ("loc", "cls_loc"):
+    if config.weighting in ("loc", "cls_loc"):
         alpha = alpha * overlap
+    if config.normalize_weighting:
+        alpha = alpha / (alpha.sum() + (0.0 if config.profile == "fc" else 1e-4)) * len(alpha)
     return alpha, score
 
 
 def _image_mask_loss(
-    raw: RawOutput, targets: SipMaskTargets, kept: Kept, basis: Tensor, i: int, config: SipMaskConfig
+    raw: RawOutput, targets: SipMaskTargets, kept: MaskPositives, basis: Tensor, i: int, config: SipMaskConfig
 ) -> Tensor:
     assert raw.coefficients is not None
     stride = config.basis_stride
@@ -283,10 +342,8 @@ def _image_mask_loss(
         kept.labels,
         kept.boxes,
         targets.boxes[i][kept.instance] / stride,
-        config.weighting,
+        config,
     )
-    if config.normalize_weighting:
-        alpha = alpha / (alpha.sum() + (0.0 if config.profile == "fc" else 1e-4)) * len(alpha)
     if config.profile == "fc":
         apart = greedy_nms(kept.boxes, score, None, 0.9, legacy=True)
         kept, alpha = kept[apart], alpha[apart]

@@ -13,40 +13,47 @@ if TYPE_CHECKING:
 
 
 def build(config: SipMaskConfig) -> "SipMask":
+    """The model of a configuration, initialised by the recipe, without weights."""
     from sipmask.model import SipMask
 
     return SipMask(config)
 
 
 def convert(state: "dict[str, Tensor]", config: SipMaskConfig) -> "tuple[dict[str, Tensor], list[str]]":
+    """Our state dict from an official one and notes on what was left out: `sipmask.convert.convert_state_dict`."""
     from sipmask.convert import convert_state_dict
 
     return convert_state_dict(state, config)
 
 
 def infer_config(state: "dict[str, Tensor]") -> SipMaskConfig:
+    """The configuration that fits an official state dict: `sipmask.convert.config_of`."""
     from sipmask.convert import config_of
 
     return config_of(state)
 
 
 def is_video(config: SipMaskConfig) -> bool:
+    """Whether a model of this configuration follows objects through videos."""
     return config.is_video
 
 
 def to_video(words: list[str]) -> int:
+    """Runs the verb `to_video` with the words after it; returns the exit code."""
     from sipmask.to_video import run
 
     return run(words)
 
 
 def track(words: list[str]) -> int:
+    """Runs the verb `track` with the words after it; returns the exit code."""
     from sipmask.track import run
 
     return run(words)
 
 
 def tables() -> "tuple[Table, ...]":
+    """The tables of the paper, as data."""
     from sipmask.tables import TABLES
 
     return TABLES

@@ -100,12 +100,12 @@ class SipMask(nn.Module):
         """Detections with `Masks` in box windows; never a dense mask. Call in eval mode."""
         return self._detect(images, "binary" if masks else "none")
 
-    def tracker(self, max_age: int | None = None, max_tracks: int | None = None) -> Tracker:
+    def tracker(self, **overrides: Any) -> Tracker:
         """Follows objects through one video: `tracker.update(model.detect([frame])[0])`, frame by frame.
 
         Args:
-            max_age: Frames after which an object not seen again is forgotten; None: as the config says.
-            max_tracks: Objects remembered at most; None: as the config says.
+            overrides: Any field of `AssociationConfig` in place of the config's: with `max_age=None` nothing is
+                forgotten, with `max_age=30` what was not seen for so many frames.
 
         Raises:
             UsageError: this is a model for images.
@@ -115,14 +115,7 @@ class SipMask(nn.Module):
                 "this model has no tracking branch and cannot follow objects",
                 "use weights of a video variant; sipmask.to_video makes one of an image model, to be trained",
             )
-        rules = self.config.association
-        return Tracker(
-            replace(
-                rules,
-                max_age=rules.max_age if max_age is None else max_age,
-                max_tracks=rules.max_tracks if max_tracks is None else max_tracks,
-            )
-        )
+        return Tracker(replace(self.config.association, **overrides))
 
     def raw_outputs(self, pixels: Tensor, references: Tensor | None = None) -> RawOutput:
         """Network outputs for normalised, padded pixels [B, 3, H, W], and for reference frames of that size."""

@@ -44,9 +44,24 @@ class TrackingBranch(nn.Module):
             boxes: [N, 4] legacy xyxy, input pixels. Centres outside the frame read its nearest cell.
 
         Returns:
-            [N, track_channels].
+            [N, track_channels] float32.
         """
         height, width = joined.shape[1:]
         column = ((boxes[:, 0] + boxes[:, 2]) / (2 * STRIDE)).floor().long().clamp(0, width - 1)
         row = ((boxes[:, 1] + boxes[:, 3]) / (2 * STRIDE)).floor().long().clamp(0, height - 1)
-        return F.linear(joined[:, row, column].T, self.mix.weight.flatten(1), self.mix.bias)
+        return F.linear(joined[:, row, column].T, self.mix.weight.flatten(1), self.mix.bias).float()
+
+
+def match_logits(embeddings: Tensor, known: Tensor) -> Tensor:
+    """How well N embeddings fit K known ones: their dot products, and in column 0 a 0 for "none of them".
+
+    Args:
+        embeddings: [N, D].
+        known: [K, D].
+
+    Returns:
+        [N, 1 + K] float32, computed as such under autocast too: the sums reach hundreds, and their exponentials count.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        similarity = embeddings.float() @ known.float().T
+    return torch.cat((similarity.new_zeros(len(similarity), 1), similarity), 1)
