@@ -4,6 +4,7 @@ The files are described where they are made; tolerances are theirs. Each test ru
 models cover: `gn4` (high accuracy), `ssd2` (real time), `ssdpp2` (mask re-scoring), the fcos_core profile, and videos.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 from onestage.boxes import from_legacy
 from onestage.engine.official import rename
-from onestage.engine.ytvis_eval import track_results
+from onestage.engine.ytvis_eval import AREA_RANGES, track_results
 from onestage.masks import Masks
 from onestage.nn import fcos
 from onestage.ops.assemble import assemble_masks, assemble_soft, crop_window
@@ -26,9 +27,10 @@ from sipmask.association import Memory, Tracker, associate
 from sipmask.config import PUBLISHED_ASSOCIATION, R50, R50_FC, R50_RT_6X, R101_PLUS_10X, VIDEO, InferenceConfig
 from sipmask.convert import convert_head, head_keys
 from sipmask.decode import assemble, decode, low_resolution_masks, select, to_image
-from sipmask.losses import alignment_weights, compute_losses, jittered, kept_positives, match_loss
+from sipmask.losses import alignment_weights, compute_losses, jittered, kept_positives, match_loss, same_object
 from sipmask.model import SipMaskHead
 from sipmask.targets import assign_targets
+from sipmask.tracking import match_logits
 
 pytestmark = pytest.mark.golden
 VARIANTS = {"gn4": R50, "ssd2": R50_RT_6X, "ssdpp2": R101_PLUS_10X}
@@ -41,6 +43,17 @@ def test_pruned_maps_equal_the_crop_split_kernel(golden):
         _check_pruned(case["basis"], grid["cof"], case["boxes_mask_px"], (grid["rows"], grid["cols"]), grid["pruned"])
 
 
+def test_maps_of_the_sub_regions_before_they_are_pruned(golden):
+    case = golden("sipmask_smp")
+    if "maps" not in case:
+        pytest.skip("maps are not in this sipmask_smp file")
+    height, width = case["basis"].shape[1:]
+    whole = torch.tensor([[0, 0, width, height]]).expand(len(case["cof"]), 4)
+    for coefficients, expected in zip(case["cof"].chunk(len(case["maps"]), 1), case["maps"], strict=True):
+        soft = assemble_soft(case["basis"], coefficients, whole)
+        assert_close(soft.permute(1, 2, 0), expected, atol=1e-5, rtol=0)
+
+
 def _check_pruned(basis, coefficients, boxes, grid, expected):
     soft = assemble_soft(basis, coefficients, crop_window(boxes, tuple(basis.shape[1:])), boxes=boxes, grid=grid)
     assert_close(soft.permute(1, 2, 0), expected, atol=1e-5, rtol=0)
@@ -49,7 +62,9 @@ def _check_pruned(basis, coefficients, boxes, grid, expected):
 def test_masks_equal_the_thresholded_up_sampling(golden):
     case = golden("sipmask_smp")
     infer, basis, boxes = case["infer"], case["basis"], case["boxes_mask_px"]
-    size = tuple(infer["out_hw"].tolist())
+    assert_close(case["boxes_input_px"] / R50.basis_stride, boxes)
+    size = tuple(math.floor(cells * (R50.basis_stride / infer["scale_factor"])) for cells in basis.shape[1:])
+    assert infer["out_hw"].tolist() == list(size)
     for threshold, key in ((0.4, "bin_040"), (0.5, "bin_050")):
         masks = assemble_masks(
             basis,
@@ -125,7 +140,7 @@ def test_coefficients_at_kept_locations_equal_the_dense_convolution(golden, vari
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_targets_and_losses(golden, variant):
+def test_targets_and_losses(golden, variant, monkeypatch):
     head_case, case = golden(f"sipmask_head_{variant}"), golden("sipmask_loss")
     if variant not in case:
         pytest.skip(f"{variant} is not in this sipmask_loss file")
@@ -134,19 +149,37 @@ def test_targets_and_losses(golden, variant):
     head = _head(head_case, VARIANTS[variant]).train()
     raw = head(head_case["feats"])
     raw.coefficients.retain_grad()
+    up_sampled: list[torch.Tensor] = []
+
+    def keep_basis(basis, *args, **kwargs):
+        basis.retain_grad()
+        up_sampled.append(basis)
+        return window_mask_loss(basis, *args, **kwargs)
+
     targets = assign_targets(_targets(case), raw, config)
+    assert (targets.assigned.labels >= 0).sum() == case["num_pos"]
     for i, labels in enumerate(case["target_labels"]):
         positive = labels > 0
         assert torch.equal(targets.assigned.labels[i], labels - 1)
         assert torch.equal(targets.assigned.index[i, positive], case["gt_index_of_pos"][i])
         assert_close(targets.assigned.ltrb[i, positive], case["target_ltrb"][i][positive], atol=1e-4, rtol=0)
-    losses = compute_losses(raw, targets, config, head)
+    with monkeypatch.context() as patched:
+        patched.setattr("sipmask.losses.window_mask_loss", keep_basis)
+        losses = compute_losses(raw, targets, config, head)
     expected = case["losses"]
     terms = _LOSSES | ({"loss_iou": "loss_iou"} if config.rescore else {})
     assert losses.keys() == terms.keys()
     for ours, theirs in terms.items():
         assert_close(losses[ours], expected[theirs], rtol=1e-4, atol=0, msg=lambda m, o=ours: f"{o}: {m}")
-    sum(losses.values()).backward()
+    total = sum(losses.values())
+    assert_close(total, case["total"], rtol=1e-4, atol=0)
+    total.backward()
+    by_level = raw.coefficients.grad.split([height * width for height, width in raw.sizes], 1)
+    norms = torch.stack([gradient.norm() for gradient in by_level])
+    assert_close(norms, case["grad_cof_preds_norm"], rtol=1e-3, atol=0)
+    assert_close(
+        torch.stack([basis.grad for basis in up_sampled]).norm(), case["grad_feat_masks_norm"], rtol=1e-3, atol=0
+    )
     parameters = dict(head.named_parameters())
     for key, gradient in case["grads"].items():
         name, _, is_norm = key.partition("|")
@@ -176,17 +209,19 @@ def test_mask_weights(golden, variant):
     if variant not in case:
         pytest.skip(f"{variant} is not in this sipmask_loss file")
     case = case[variant]
-    logits, distances = _flat(head_case["cls_scores"]), _flat(head_case["bbox_preds"])
-    points = torch.cat(case["points"])
+    config = _config(VARIANTS[variant], head_case)
+    raw = _stored_raw(head_case, config, head_case["bbox_preds"])
+    targets = assign_targets(_targets(case), raw, config)
     for i, step in enumerate(case["intermediates"]):
-        positive = step["pos_index"]
-        boxes = fcos.decode_ltrb(points[positive], distances[i, positive]) / 2
-        assert_close(boxes, step["boxes_half"], atol=1e-4, rtol=1e-5)
-        labels = case["target_labels"][i][positive] - 1
-        gt = case["gt_boxes"][i][case["gt_index_of_pos"][i]] / 2
-        alpha, score = alignment_weights(logits[i, positive], labels, boxes, gt, "cls_loc")
-        assert_close(score, step["cls_score"], atol=1e-4, rtol=0)
-        assert_close(alpha, step["cls_score"] * step["iou"], atol=1e-4, rtol=1e-4)
+        kept, stays = kept_positives(raw, targets, i, config), step["kept"]
+        assert torch.equal(kept.index, step["pos_index"][stays])
+        assert_close(kept.boxes, step["boxes_half"][stays], atol=1e-4, rtol=1e-5)
+        gt = targets.boxes[i][kept.instance] / config.basis_stride
+        parts = raw.logits[i, kept.index], kept.labels, kept.boxes, gt
+        alpha, score = alignment_weights(*parts, replace(config, normalize_weighting=False))
+        assert_close(score, step["cls_score"][stays], atol=1e-4, rtol=0)
+        assert_close(alpha, (step["cls_score"] * step["iou"])[stays], atol=1e-4, rtol=1e-4)
+        assert_close(alignment_weights(*parts, config)[0], step["weight"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case_name", ["loss", "loss_crafted", "loss_small_mask"])
@@ -206,9 +241,11 @@ def test_losses_of_the_fcos_core_profile(golden, case_name):
             basis=raw.basis * crafted["feat_mask_scale"],
         )
     if case_name == "loss_small_mask":
+        assert (case["gt_masks"], case["bbox_preds"]) == ("all ones", "as loss_crafted")
+        _, constant = case["cof_preds"].split()  # "constant 0.5"
         raw = raw._replace(
             basis=raw.basis / file["loss_crafted"]["feat_mask_scale"],
-            coefficients=torch.full_like(raw.coefficients, 0.5),
+            coefficients=torch.full_like(raw.coefficients, float(constant)),
         )
         truth["gt_masks"] = [torch.ones_like(masks) for masks in truth["gt_masks"]]
     losses = compute_losses(raw, assign_targets(_targets(truth), raw, config), config)
@@ -239,22 +276,17 @@ def test_inference(golden, variant):
             mask_rounding="floor",
         )
         config = replace(_config(VARIANTS[variant], head_case), inference=rules)
-        factor = run["scale_factor"]
-        scale = (factor[1], factor[0]) if isinstance(factor, list) else (factor, factor)
-        frame = ImageFrame(tuple(run["ori_shape"]), tuple(run["img_shape"]), tuple(run["img_shape"]), scale)
+        frame = _frame(run)
         for i, expected in enumerate(run["results"]):
             found = select(raw, i, frame, config)
-            boxes = found.boxes / found.boxes.new_tensor([scale[1], scale[0]] * 2)
+            boxes = _in_the_image(found.boxes, frame)
             parts = raw.basis[i], raw.coefficients[i, found.index], found.boxes
             masks = assemble(*parts, frame, config).to_bool()
-            _check_detections(boxes, found.scores, found.labels, masks, expected)
+            ours = _check_detections(boxes, found.scores, found.labels, masks, expected)
             if config.rescore:
                 with torch.no_grad():
                     iou = _head(head_case, config).scoring(low_resolution_masks(*parts, config), found.labels)
-                ours = _order(boxes, found.scores, found.labels)
-                theirs = _order(expected["boxes"], expected["scores"], expected["labels"])
-                scores = (iou * found.scores)[ours]
-                assert_close(scores, expected["mask_scores"][theirs], atol=1e-4, rtol=0)
+                assert_close((iou * found.scores)[ours], expected["mask_scores"], atol=1e-4, rtol=0)
 
 
 def test_inference_of_the_fcos_core_profile(golden):
@@ -292,11 +324,13 @@ def test_embeddings_are_the_tracking_map_at_box_centres(golden):
     head, raw = _video_head(case)
     height, width = case["track_feats"].shape[2:]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    centres = torch.stack((columns, rows), 2).flatten(0, 1) * 8.0 + torch.rand(height * width, 2) * 7.9
+    within = torch.rand(height * width, 2, generator=torch.Generator().manual_seed(0))
+    centres = torch.stack((columns, rows), 2).flatten(0, 1) * 8.0 + within * 7.9
     boxes = torch.cat((centres - 20, centres + 20), 1)
     for i, expected in enumerate(case["track_feats"]):
         assert_close(head.tracking.embed(raw.tracking[i], boxes), expected.flatten(1).T, atol=1e-4, rtol=1e-3)
-    far = torch.tensor([[-500.0, -500.0, -300.0, -300.0], [900.0, 900.0, 990.0, 990.0]])
+    outside = 8.0 * max(height, width) + 50
+    far = torch.tensor([[-500.0, -500.0, -300.0, -300.0], [outside, outside, outside + 90, outside + 90]])
     corners = case["track_feats"][0][:, [0, -1], [0, -1]].T
     assert_close(head.tracking.embed(raw.tracking[0], far), corners, atol=1e-4, rtol=1e-3)
 
@@ -310,7 +344,7 @@ def test_video_losses(golden):
         replace(
             target,
             # gt_pids counts from 1 among the reference boxes; 0 is an object that is not there.
-            track_ids=torch.where(pids > 0, other[(pids - 1).clamp(min=0)], -1),
+            track_ids=torch.cat((other.new_tensor([-1]), other))[pids],
             reference=Reference(torch.zeros(3, 1, 1), boxes, other),
         )
         for target, pids, other, boxes in zip(_targets(case), case["gt_pids"], ids, case["ref_boxes"], strict=True)
@@ -327,6 +361,12 @@ def test_video_losses(golden):
     losses = compute_losses(raw, assigned, config, head)
     kept = [kept_positives(raw, assigned, i, config) for i in range(len(targets))]
     losses["loss_match"] = match_loss(raw, assigned, kept, head.tracking, config, case["jitter"])
+    matched = []
+    for i, target in enumerate(targets):
+        embeddings = head.tracking.embed(raw.tracking[i], kept[i].boxes * config.basis_stride)
+        choice = match_logits(embeddings, case["ref_embeddings"][i]).argmax(1)
+        matched.append(choice == same_object(target.track_ids, target.reference)[kept[i].instance])
+    assert_close(100 * torch.cat(matched).float().mean(), case["losses"]["match_acc"], rtol=1e-4, atol=0)
     for ours, theirs in (_LOSSES | {"loss_match": "loss_match"}).items():
         assert_close(losses[ours], case["losses"][theirs], rtol=1e-4, atol=0, msg=lambda m, o=ours: f"{o}: {m}")
     sum(losses.values()).backward()
@@ -350,15 +390,14 @@ def test_video_frames(golden):
     )
     config = replace(_config(VIDEO, file["head"]), inference=rules)
     head = _head(file["head"], config).eval()
-    scale = (case["scale_factor"],) * 2
-    frame = ImageFrame(tuple(case["ori_shape"]), tuple(case["img_shape"]), tuple(case["img_shape"]), scale)
+    frame = _frame(case)
     tracker, memory = Tracker(PUBLISHED_ASSOCIATION), None
     for expected in case["frames"]:
         with torch.no_grad():
             raw = head(expected["feats"])
             found = decode(raw, [frame], head, config)[0]
         legacy = select(raw, 0, frame, config)
-        assert_close(legacy.boxes / scale[0], expected["boxes"], atol=1e-2, rtol=0)
+        assert_close(_in_the_image(legacy.boxes, frame), expected["boxes"], atol=1e-2, rtol=0)
         assert_close(found.boxes, to_image(legacy, frame).boxes)
         assert_close(found.scores, expected["scores"], atol=1e-4, rtol=0)
         assert torch.equal(found.labels, expected["labels"])
@@ -375,11 +414,15 @@ def test_video_frames(golden):
 
 
 def test_association(golden):
+    """A first frame without detections leaves the released code's memory as it was; our tracker always forgets.
+
+    The file's memory also holds the scores of detections, which nothing reads; ours does not.
+    """
     for name, sequence in golden("sipmask_vis_track").items():
         memory = None
         for number, frame in enumerate(sequence["frames"]):
             found = _of_the_sequence(frame, tuple(sequence["hw"]))
-            if memory is None or frame["is_first"]:
+            if memory is None or (frame["is_first"] and len(found)):
                 memory = Memory.empty(found)
             result = associate(memory, found, PUBLISHED_ASSOCIATION)
             memory, where = result.memory, f"{name}, frame {number}"
@@ -396,9 +439,9 @@ def test_results_of_the_sequences(golden):
     """Scores, categories and frames of every track; masks are compared by their boxes, as theirs are ellipses.
 
     On the CPU the released code overwrites the scores of a video's first frame with detections by later ones, as its
-    memory is the same tensor. Scores of tracks that begin there are not compared.
+    memory is the same tensor. Scores of tracks that begin there are not compared. Neither are videos that begin with
+    an empty frame after others: their objects get lost in the memory of those (`test_association`).
     """
-    compared = 0
     for name, sequence in golden("sipmask_vis_track").items():
         tracker, size = Tracker(PUBLISHED_ASSOCIATION), tuple(sequence["hw"])
         videos: list[list[Detections]] = []
@@ -407,19 +450,28 @@ def test_results_of_the_sequences(golden):
                 tracker.reset()
                 videos.append([])
             videos[-1].append(tracker.update(_of_the_sequence(frame, size)))
-        ours = [entry for i, found in enumerate(videos) for entry in track_results(i + 1, found, range(1, 100))]
-        assert len(ours) == len(sequence["json"]) > 0, name
-        begin = [next(number for number, found in enumerate(video) if len(found)) for video in videos]
-        for one, expected in zip(ours, sequence["json"], strict=True):
+        begin = [next((number for number, found in enumerate(video) if len(found)), None) for video in videos]
+        lost = [i + 1 for i, number in enumerate(begin) if number != 0 and set(begin[:i]) - {None}]
+        tracks = [entry for i, found in enumerate(videos) for entry in track_results(i + 1, found, range(1, 100))]
+        ours, theirs = ([one for one in every if one["video_id"] not in lost] for every in (tracks, sequence["json"]))
+        for one, expected in zip(ours, theirs, strict=True):
             assert (one["video_id"], one["category_id"]) == (expected["video_id"], expected["category_id"]), name
             if expected["segmentations"][begin[one["video_id"] - 1]] is None:
                 assert one["score"] == pytest.approx(expected["score"], abs=1e-6)
-                compared += 1
             for mask, wanted in zip(one["segmentations"], expected["segmentations"], strict=True):
                 assert (mask is None) == (wanted is None), name
-                if mask is not None:
+                if mask is not None and _is_inside(coco_mask.toBbox(mask), size):
                     assert np.abs(coco_mask.toBbox(mask) - coco_mask.toBbox(wanted)).max() <= 3
-    assert compared
+
+
+def test_size_ranges_of_the_evaluation_of_tracks(golden):
+    assert golden("sipmask_ytvis_eval")["area_ranges"] == AREA_RANGES
+
+
+def _is_inside(box, size):
+    """Whether a box x, y, w, h touches no side of the canvas: an ellipse that is cut off has another box."""
+    left, top, width, height = box
+    return min(left, top) > 0 and left + width < size[1] and top + height < size[0]
 
 
 def _of_the_sequence(frame, size):
@@ -428,8 +480,21 @@ def _of_the_sequence(frame, size):
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes.round().long().clamp(min=0).tolist(), strict=True):
         mask[top:bottom, left:right] = True
-    embeddings = frame["embeddings"].reshape(len(boxes), -1 if len(boxes) else VIDEO.track_channels)
-    return Detections(size, boxes, frame["scores"], frame["labels"], Masks.from_bool(masks), embeddings=embeddings)
+    parts = frame["scores"], frame["labels"], Masks.from_bool(masks)
+    return Detections(size, boxes, *parts, embeddings=frame["embeddings"])
+
+
+def _frame(run):
+    """How an image became input; `scale_factor` is one number, or w, h, w, h."""
+    factor = run["scale_factor"]
+    horizontal, vertical = factor[:2] if isinstance(factor, list) else (factor, factor)
+    return ImageFrame(tuple(run["ori_shape"]), tuple(run["img_shape"]), tuple(run["img_shape"]), (vertical, horizontal))
+
+
+def _in_the_image(boxes, frame):
+    """Legacy boxes from input to image pixels."""
+    vertical, horizontal = frame.scale
+    return boxes / boxes.new_tensor([horizontal, vertical] * 2)
 
 
 def _video_head(case, train=False):
@@ -441,22 +506,20 @@ def _video_head(case, train=False):
 
 
 def _check_detections(boxes, scores, labels, masks, expected):
-    """Same set of detections: each expected one has its own match in box, score, label and mask."""
+    """Same set of detections: each expected one has its own match in box, score, label and mask. Gives their places."""
     assert len(boxes) == len(expected["boxes"])
-    ours, theirs = _order(boxes, scores, labels), _order(expected["boxes"], expected["scores"], expected["labels"])
-    assert torch.equal(labels[ours], expected["labels"][theirs])
-    assert_close(scores[ours], expected["scores"][theirs], atol=1e-4, rtol=0)
-    assert_close(boxes[ours], expected["boxes"][theirs], atol=1e-2, rtol=0)
-    masks, wanted = masks[ours], expected["masks"][theirs].bool()
+    apart = (expected["boxes"][:, None] - boxes).abs().amax(2) / 1e-2
+    apart = torch.maximum(apart, (expected["scores"][:, None] - scores).abs() / 1e-4)
+    apart.masked_fill_(expected["labels"][:, None] != labels, torch.inf)
+    ours = apart.argsort(1)[:, :1].flatten()  # the nearest of each, also where there is none
+    assert len(ours.unique()) == len(boxes)
+    assert torch.equal(labels[ours], expected["labels"])
+    assert_close(scores[ours], expected["scores"], atol=1e-4, rtol=0)
+    assert_close(boxes[ours], expected["boxes"], atol=1e-2, rtol=0)
+    masks, wanted = masks[ours], expected["masks"].bool()
     inter, union = (masks & wanted).sum((1, 2)), (masks | wanted).sum((1, 2))
     assert (inter >= 0.99 * union).all()
-    assert union.sum() > 0
-
-
-def _order(boxes, scores, labels):
-    """One canonical order for a set: by label, then x1, then y1, then y2, all rounded."""
-    keys = torch.stack([labels.double(), *(boxes[:, i].double().mul(20).round() for i in (0, 1, 3, 2))], 1).tolist()
-    return torch.tensor(sorted(range(len(keys)), key=lambda i: keys[i]), dtype=torch.int64)
+    return ours
 
 
 def _flat(maps):
@@ -464,9 +527,19 @@ def _flat(maps):
 
 
 def _config(variant, case):
+    """The variant in the sizes of the file; the fcos_core file says nothing of depth, strides and norm."""
+    assert tuple(case.get("strides", fcos.STRIDES)) == fcos.STRIDES
+    depth, norm = case.get("stacked_convs", variant.tower_depth), case.get("norm")
     state = case["state_dict"]
     classes = state["cls_logits.weight" if "cls_logits.weight" in state else "fcos_cls.weight"]
-    return replace(variant, num_classes=classes.shape[0], width=classes.shape[1])
+    return replace(
+        variant,
+        num_classes=classes.shape[0],
+        width=classes.shape[1],
+        tower_depth=depth,
+        track_depth=depth - 1 if variant.is_video else 0,
+        norm=variant.norm if norm is None else {"GN32": "gn", "none": "none"}[norm],
+    )
 
 
 def _head(case, variant):

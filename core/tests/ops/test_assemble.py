@@ -204,7 +204,7 @@ def test_golden_sub_region_masks(golden):
     case = golden("sipmask_smp")
     grids = {"2x2": {"cof": case["cof"], "pruned": case["pruned"], "rows": 2, "cols": 2}, **case["grids"]}
     boxes = case["boxes_mask_px"]
-    windows = crop_window(boxes, (40, 56))
+    windows = crop_window(boxes, tuple(case["basis"].shape[1:]))
     for expected in grids.values():
         grid = (expected["rows"], expected["cols"])
         soft = assemble_soft(case["basis"], expected["cof"], windows, boxes=boxes, grid=grid)
@@ -216,7 +216,7 @@ def test_golden_sub_region_masks(golden):
 def test_golden_crop_of_ground_truth(golden):
     case = golden("sipmask_smp")
     for (x0, y0, x1, y1), whole, cropped in zip(
-        crop_window(case["boxes_mask_px"], (40, 56)).tolist(),
+        crop_window(case["boxes_mask_px"], tuple(case["basis"].shape[1:])).tolist(),
         case["gt_half"].permute(2, 0, 1),
         case["gt_cropped"].permute(2, 0, 1),
         strict=True,
@@ -229,18 +229,19 @@ def test_golden_crop_of_ground_truth(golden):
 def test_golden_upsampled_masks_agree_in_every_pixel(golden):
     case = golden("sipmask_smp")
     boxes, size = case["boxes_mask_px"], tuple(case["infer"]["out_hw"])
+    windows = crop_window(boxes, tuple(case["basis"].shape[1:]))
     for name, threshold in (("bin_040", 0.4), ("bin_050", 0.5)):
         masks = assemble_masks(
             case["basis"],
             case["cof"],
-            crop_window(boxes, (40, 56)),
+            windows,
             boxes=boxes,
             grid=(2, 2),
             threshold=threshold,
             output_size=size,
         )
         assert differing(masks, case["infer"][name] > 0) == 0
-    soft = assemble_soft(case["basis"], case["cof"], crop_window(boxes, (40, 56)), boxes=boxes, grid=(2, 2))
+    soft = assemble_soft(case["basis"], case["cof"], windows, boxes=boxes, grid=(2, 2))
     resized = F.interpolate(soft[None], size=size, mode="bilinear")[0]
     torch.testing.assert_close(resized, case["infer"]["soft_up"], rtol=0, atol=1e-5)
 
