@@ -287,7 +287,7 @@ def augment(config: InputConfig) -> Augmentation:
 
     def ssd(image: Tensor, target: Target) -> Sample:
         if target.reference is not None:
-            raise UsageError("pairs of frames cannot be cropped apart", "use --input.augmentation flip")
+            raise UsageError("pairs of frames cannot be cropped apart", "use --model.input.augmentation flip")
         check_iou = config.augmentation == "ssd"
         return random_flip(*expand_and_crop(photometric(image), target, mean, check_iou))
 
