@@ -223,13 +223,10 @@ def evaluated(
         "progress": job.alone,
     }
     if entry.method.is_video(config):
-        masks = True
         metrics, results = evaluate_videos(model, val_set, **options)
         metrics = {name.replace("segm/", "vis/"): value for name, value in metrics.items()}
     else:
-        with torch.no_grad():
-            masks = model.detect([val_set[0][0].to(device)])[0].masks is not None
-        metrics, results = evaluate(model, val_set, iou_types=("bbox", "segm") if masks else ("bbox",), **options)
+        metrics, results = evaluate(model, val_set, **options)
     if settings.profile == "full":
         if distributed.rank_zero():  # as evaluation servers take them, whose annotations nobody else has
             write_atomically(Path(job.output) / "results" / f"{entry.key[:12]}.json", json.dumps(results).encode())
@@ -239,7 +236,7 @@ def evaluated(
             metrics["memory"] = trained.about["peak_memory"] / 1e9
         if job.alone and settings.processes == 1:
             metrics |= speed(model, val_set, device, settings.precision)
-    if not (masks and distributed.rank_zero()):
+    if not distributed.rank_zero() or not {"segm/AP", "vis/AP"} & set(metrics):  # boxes alone are not drawn
         return metrics, {}
     return metrics, write_pictures(model, entry, val_set, Path(job.output) / "pictures")
 
