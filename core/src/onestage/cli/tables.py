@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import sys
@@ -19,6 +18,7 @@ from tyro.conf import Positional
 from onestage.cli.app import guard
 from onestage.cli.flags import Switch, Talk, parse_flags
 from onestage.errors import DatasetError, UsageError
+from onestage.machine import usable_cores
 
 if TYPE_CHECKING:
     from onestage.method import Method
@@ -202,8 +202,7 @@ def _side_by_side(flags: Tables) -> int:
 
     if flags.profile == "full" or (flags.device == "auto" and torch.cuda.is_available()) or "cuda" in flags.device:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4)
+    return min(usable_cores(), 4)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onestage.errors import UsageError, some
+from onestage.machine import usable_cores
 from onestage.method import Method
 from onestage.tables.plan import Entry, Job, Settings, entries_of, read_by_training
 from onestage.tables.record import digest, read_records
@@ -198,8 +199,7 @@ def _start(number: int, job: Job, output: Path, at_once: int) -> _Process:
     for old in (file.with_suffix(".error"), file.with_suffix(".log")):
         old.unlink(missing_ok=True)
     job.write(file)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = dict(os.environ)
     if at_once > 1:  # each its share of the cores, and its messages in a file
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // at_once)))
     return _Process(number, job, file, file.with_suffix(".log") if at_once > 1 else None, environment)
