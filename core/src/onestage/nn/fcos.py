@@ -183,14 +183,15 @@ def top_per_level(scores: Sequence[Tensor], k: int) -> Tensor:
 
     Args:
         scores: One [n_l] tensor per level.
-        k: Levels of at most k entries are kept whole, in their order; of others the best, best first.
+        k: Levels of at most k entries are kept whole, in their order; of others the best, best first, equals in their
+            order.
 
     Returns:
         [M] int64 index into the concatenated levels, level by level.
     """
     kept, start = [], 0
     for level in scores:
-        index = level.topk(k).indices if len(level) > k else torch.arange(len(level), device=level.device)
+        index = _top_in_order(level, k) if len(level) > k else torch.arange(len(level), device=level.device)
         kept.append(index + start)
         start += len(level)
     return torch.cat(kept)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onestage.boxes import iou_matrix
+from onestage.boxes import iou_matrix, paired_iou
 from onestage.ops import host
 from onestage.ops.nms import greedy_nms, top_by_score, top_nms
 from onestage.structures import Detections
@@ -53,7 +53,7 @@ class Kept:
             return Kept(self.index[place], self.labels[place], self.scores[place]), place
         rows = torch.arange(len(fit), device=fit.device)
         fit = fit & (rows < self.count)
-        place = _first(fit, len(fit))
+        place = fit.logical_not().byte().sort(stable=True).indices  # those that fit, then anything
         # Without room for all it is not known how many fit: the count stays one that says so.
         count = torch.where(self.count > len(fit), self.count, fit.sum())
         index, labels, scores = (_fill(part[place], count) for part in (self.index, self.labels, self.scores))
@@ -234,19 +234,17 @@ def _fast_nms_in_rows(
     top_k: int,
     room: int,
 ) -> Kept:
-    """`fast_nms` with all classes in one matrix of the best candidates, 8 for each row."""
+    """`fast_nms` with a matrix for each class, of its `top_k` best boxes, be they candidates or not."""
     candidates = torch.where(scores > score_threshold, scores, -1.0)
-    ordered, order = candidates.flatten().sort(descending=True, stable=True)
-    ordered, order = ordered[: 8 * room], order[: 8 * room]
-    own, labels = boxes[order // scores.shape[1]], order % scores.shape[1]
-    better = (labels[:, None] == labels).triu(diagonal=1)  # [better, worse], of one class
-    falls = (better & (iou_matrix(own, own) > iou_threshold)).any(dim=0)
-    stays = (ordered >= 0) & ~falls & (better.sum(dim=0) < top_k)
-    count = stays.sum().clamp(max=max_detections)
-    unseen = (candidates >= 0).sum() > len(order)
-    # Too few of those survive and there are more: what takes more room takes more candidates too.
-    count = torch.where((count < max_detections) & unseen, room + 1, count)
-    return _kept(order[_first(stays, room)], candidates, count)
+    ordered, order = (part[:top_k].T for part in candidates.sort(dim=0, descending=True, stable=True))  # [K, top_k]
+    own = boxes[order]
+    overlap = paired_iou(own[:, :, None], own[:, None]).triu(diagonal=1)  # [K, better, worse]
+    stays = (ordered >= 0) & ~(overlap > iou_threshold).any(dim=1)
+    number = order * scores.shape[1] + torch.arange(scores.shape[1], device=order.device)[:, None]
+    number, place = number.flatten().sort()  # equals of several classes in their order
+    best, rank = torch.where(stays, ordered, -1.0).flatten()[place].sort(descending=True, stable=True)
+    number = torch.nn.functional.pad(number[rank[:room]], (0, max(0, room - len(rank))))
+    return _kept(number, candidates, (best >= 0).sum().clamp(max=max_detections))
 
 
 def _kept(number: Tensor, scores: Tensor, count: Tensor) -> Kept:
@@ -262,9 +260,3 @@ def _fill(rows: Tensor, count: Tensor | None) -> Tensor:
         return rows
     there = torch.arange(len(rows), device=rows.device) < count
     return torch.where(there.view(-1, *[1] * (rows.ndim - 1)), rows, 0)
-
-
-def _first(chosen: Tensor, room: int) -> Tensor:
-    """[room] int64: where `chosen` [N] is true, ascending, then anything."""
-    place = chosen.logical_not().byte().sort(stable=True).indices[:room]
-    return torch.nn.functional.pad(place, (0, room - len(place)))
