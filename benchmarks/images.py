@@ -13,7 +13,8 @@ is set so that the work is that of trained models, and the same for all (`lively
 - boxes have the sizes of each model's levels and nothing else: 6 strides, or the anchor. Their mean area is recorded;
 - masks are blobs, not full boxes; how much of the boxes they fill is recorded.
 
-Each round times every model in every form, forwards and backwards through the list (A B C C B A).
+Each round times every model in every form, forwards and backwards through the list (A B C C B A). The record is written
+anew after each model, with one time of each of its calls, and after each round: what is ended leaves what it has.
 """
 
 from __future__ import annotations
@@ -97,19 +98,30 @@ def main() -> int:
             call = side_of(name, flags, device).calls[form]
             print(peak_megabytes(call, device))
             return 0
-        sides, failed = [], {}
+        sides: list[Side] = []
+        failed: dict[str, str] = {}
+        rows: list[dict[str, Any]] = []
+        resources = {}
         for name in (*flags.models, *flags.peers):
             try:
-                sides.append(side_of(name, flags, device))
+                side = side_of(name, flags, device)
+                for call in side.calls.values():
+                    call()  # warm-up: kernels are compiled, graphs captured
+                resources[name] = measure_resources(side, flags, device)
+                rows.append(row(side, {call: [timed(side.calls[call], flags)] for call in side.calls}, resources[name]))
             except FAILURES as error:
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{name} failed: {failed[name]}", flush=True)
-        times = alternate({(side.name, call): side.calls[call] for side in sides for call in side.calls}, flags)
-        rows = [row(side, times, flags, device) for side in sides]
-    ratios = compare(rows, flags)
-    show(rows, ratios)
-    if flags.output:
-        print(f"wrote {record(rows, ratios, failed, flags, device)}")
+            else:
+                sides.append(side)
+                show(rows[-1:], [])
+            path = record(rows, failed, 0, flags, device)
+        for number, times in enumerate(rounds(sides, flags)):
+            rows = [row(side, times[side.name], resources[side.name]) for side in sides]
+            path = record(rows, failed, number + 1, flags, device)
+    show(rows, compare(rows, flags))
+    if path:
+        print(f"wrote {path}")
     return 1 if failed else 0
 
 
@@ -184,45 +196,56 @@ def peer_side(name: str, image: Tensor, flags: argparse.Namespace, device: torch
     return Side(name, calls, counts[-1], len(found["boxes"]), mean_area(found["boxes"]), fill)
 
 
-def alternate(calls: dict[tuple[str, str], Call], flags: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
-    """Milliseconds of every call, in rounds forwards and backwards: of CPU time on one thread, else of wall time."""
+def rounds(sides: Sequence[Side], flags: argparse.Namespace) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """After each round, forwards and backwards: the milliseconds of every side's calls so far."""
+    times: dict[str, dict[str, list[float]]] = {side.name: {call: [] for call in side.calls} for side in sides}
+    order = [(side, call) for side in sides for call in side.calls]
+    for _ in range(flags.rounds):
+        for side, call in (*order, *reversed(order)):
+            times[side.name][call].append(timed(side.calls[call], flags))
+        yield times
+
+
+def timed(call: Call, flags: argparse.Namespace) -> float:
+    """Milliseconds of a call: of CPU time on one thread, else of wall time."""
     on_gpu = flags.device != "cpu"
     clock = time.process_time if flags.threads == 1 and not on_gpu else time.perf_counter
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        call()  # warm-up: kernels are compiled, graphs captured
-    for key in (*calls, *reversed(calls)) * flags.rounds:
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        calls[key]()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times[key].append(1e3 * (clock() - start))
-    return times
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = clock()
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return 1e3 * (clock() - start)
 
 
-def row(side: Side, times: dict[tuple[str, str], list[float]], flags: argparse.Namespace, device: torch.device) -> Any:
+def row(side: Side, times: dict[str, list[float]], resources: dict[str, Any]) -> dict[str, Any]:
     """What the record holds of a model."""
-    taken = {call: times[side.name, call] for call in side.calls}
-    middle = {call: median(values) for call, values in taken.items()}
+    middle = {call: median(values) for call, values in times.items()}
     stages = {}
-    if "network" in taken:
+    if "network" in times:
         previous = 0.0
         for stage in (stage for stage in STAGES if stage in middle):
             # Stages from `boxes` on are whole images up to there; forms of masks follow `masks`.
             total = middle[stage] + (previous if stage == "network" else 0.0)
             stages[stage] = total - (middle["masks"] if stage in ("bool", "rle") else previous)
             previous = total
-    forms = [form for form in flags.forms if form in side.calls]
     return {
         "model": side.name,
-        "milliseconds": {call: spread(values) for call, values in taken.items()},
+        "milliseconds": {call: spread(values) for call, values in times.items()},
         "stages_ms": stages,
         "candidates": side.candidates,
         "instances": side.instances,
         "mean_box_area": side.mean_area,
         "mask_fill": side.fill,
+        **resources,
+    }
+
+
+def measure_resources(side: Side, flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Peak memory of each form, if it is asked for, and how often the host waits for a GPU."""
+    forms = [form for form in flags.forms if form in side.calls]
+    return {
         "peak_mb": {form: peak(side, form, flags, device) for form in forms} if flags.memory else {},
         "host_synchronisations": synchronisations(side.calls[forms[-1]]) if device.type == "cuda" else None,
     }
@@ -248,7 +271,8 @@ def synchronisations(call: Call) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    # That the mode itself is a prototype is warned of too, once.
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def compare(rows: Sequence[dict[str, Any]], flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -268,7 +292,8 @@ def compare(rows: Sequence[dict[str, Any]], flags: argparse.Namespace) -> list[d
 def show(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> None:
     for found in rows:
         times = "  ".join(f"{form} {value['median']:.1f}" for form, value in found["milliseconds"].items())
-        print(f"{found['model']:16} ms: {times}   mean box {found['mean_box_area']:.0f} px, fill {found['mask_fill']}")
+        sizes = f"mean box {found['mean_box_area']:.0f} px, fill {found['mask_fill']}"
+        print(f"{found['model']:16} ms: {times}   {sizes}", flush=True)
         if found["stages_ms"]:
             print(f"{'':16} by stage: " + "  ".join(f"{k} {v:.1f}" for k, v in found["stages_ms"].items()))
         if found["peak_mb"] or found["host_synchronisations"] is not None:
@@ -279,14 +304,17 @@ def show(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> No
 
 def record(
     rows: Sequence[dict[str, Any]],
-    ratios: Sequence[dict[str, Any]],
     failed: dict[str, str],
+    num_rounds: int,
     flags: argparse.Namespace,
     device: torch.device,
-) -> Path:
+) -> Path | None:
+    """Writes what there is after so many rounds, if that is asked for."""
+    if not flags.output:
+        return None
     kept = ("models", "peers", "forms", "image_size", "threads", "precision", "mode", "channels_last")
     clock = "CPU" if flags.threads == 1 and device.type == "cpu" else "wall"
-    protocol = {"order": "A B C C B A", "rounds": flags.rounds, "warm_up": 1, "clock": clock}
+    protocol: dict[str, Any] = {"order": "A B C C B A", "rounds": num_rounds, "warm_up": 1, "clock": clock}
     # What else ran: CPU time of one thread bears other processes, but shared caches and memory do not.
     protocol["load_average"] = [round(load, 1) for load in os.getloadavg()]
     body = {
@@ -299,7 +327,7 @@ def record(
         "instances": NUM_INSTANCES,
         "candidates": NUM_CANDIDATES,
         "results": rows,
-        "ratios": ratios,
+        "ratios": compare(rows, flags),
         "failed": failed,
     }
     config = {key: getattr(flags, key) for key in kept} | {"device": device.type}

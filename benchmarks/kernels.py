@@ -81,35 +81,33 @@ def main() -> int:
     limits = ceilings(device) if device.type == "cuda" else {}
     if limits:
         print("ceilings: " + ", ".join(f"{name} {value}" for name, value in limits.items()))
-    results = []
+    results: list[dict[str, Any]] = []
+    path = record(results, chosen, limits, arguments)
     print(f"{'case':22}{'naive ms':>10}{'ours ms':>9}{'ratio':>8}{'goal':>7}{'naive MB':>10}{'ours MB':>9}{'less':>7}")
     for case in chosen:
         try:
             result = measure(case, arguments.rounds, arguments.threads, device, limits)
         except FAILURES as error:
-            results.append({"case": case.name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
-            print(f"{case.name:22}failed: {results[-1]['failed']}", flush=True)
-            continue
+            result = {"case": case.name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         results.append(result)
-        print(
-            f"{case.name:22}{result['naive_ms']['median']:10.3g}{result['ours_ms']['median']:9.3g}"
-            f"{result['ratio']:8.1f}{result['goal']:7.1f}{result['naive_peak_mb']:10.1f}{result['ours_peak_mb']:9.1f}"
-            f"{result['memory_ratio']:7.1f}{on_gpu(result)}",
-            flush=True,
-        )
-    if arguments.output:
-        path = write_record(
-            Path(arguments.output),
-            f"masks-{device.type}",
-            {"cases": {case.name: case.title for case in chosen}, "threads": arguments.threads},
-            {
-                "protocol": {**PROTOCOL, "rounds": arguments.rounds},
-                "ceilings": limits,
-                "results": results,
-            },
-        )
+        print(f"{case.name:22}{outcome(result)}", flush=True)
+        path = record(results, chosen, limits, arguments)  # a run that is ended leaves what it has
+    if path:
         print(f"wrote {path}")
     return 0 if all("failed" not in result and result["ratio"] >= result["goal"] for result in results) else 1
+
+
+def record(
+    results: list[dict[str, Any]], cases: list[Case], limits: dict[str, float], arguments: argparse.Namespace
+) -> Path | None:
+    if not arguments.output:
+        return None
+    return write_record(
+        Path(arguments.output),
+        f"masks-{torch.device(arguments.device).type}",
+        {"cases": {case.name: case.title for case in cases}, "threads": arguments.threads},
+        {"protocol": {**PROTOCOL, "rounds": arguments.rounds}, "ceilings": limits, "results": results},
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -166,11 +164,17 @@ def measure(case: Case, rounds: int, threads: int, device: torch.device, limits:
     }
 
 
-def on_gpu(result: dict[str, Any]) -> str:
-    """What the printed line has on a GPU besides: eager ratio, launches, share of the floor, refused captures."""
-    if "launches" not in result:
-        return ""
+def outcome(result: dict[str, Any]) -> str:
+    """The printed line of a case behind its name; on a GPU with launches, share of the floor, refused captures."""
+    if "failed" in result:
+        return f"failed: {result['failed']}"
     text = (
+        f"{result['naive_ms']['median']:10.3g}{result['ours_ms']['median']:9.3g}{result['ratio']:8.1f}"
+        f"{result['goal']:7.1f}{result['naive_peak_mb']:10.1f}{result['ours_peak_mb']:9.1f}{result['memory_ratio']:7.1f}"
+    )
+    if "launches" not in result:
+        return text
+    text += (
         f"   eager {result['eager_ratio']:.1f}, launches {result['launches']['naive']} to {result['launches']['ours']}"
     )
     if "share_of_floor" in result:

@@ -1,6 +1,9 @@
 """The GPU programme without a GPU: it says so, and its steps name files and flags that exist."""
 
+import fcntl
+import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,13 +31,14 @@ def test_without_a_gpu_it_says_so_in_a_line_and_leaves_with_the_code_of_machines
 
 
 @pytest.mark.parametrize("part", [1, 2])
-def test_a_part_plans_less_than_ten_minutes_and_says_what_is_missing(gpu, part, monkeypatch, capsys):
+def test_both_parts_take_less_than_a_session_has_and_say_what_is_missing(gpu, part, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", str(part), "--plan"])
     monkeypatch.setattr(gpu, "OF_TESTS", ("no_such_module",))
     assert gpu.main() == 0
     *steps, last = capsys.readouterr().out.splitlines()
     assert len(steps) == len(gpu.PARTS[part])
-    assert sum(float(line.split("at most")[1].split()[0]) for line in steps) < 600
+    # A session has 15 minutes on a GPU, the starts of two machines among them.
+    assert sum(float(line.split("at most")[1].split()[0]) for line in steps) <= (15 * 60 - 180) / 2
     assert last.startswith("missing: ")
     assert "no_such_module" in last
 
@@ -53,6 +57,8 @@ def test_every_step_reads_files_and_flags_that_exist(gpu, monkeypatch):
     for part in gpu.PARTS.values():
         for step in part:
             files = [word for word in step.command if word.endswith(".py") or "/" in word]
+            if step.name == "tests":
+                assert step.command[step.command.index("not slow") - 1] == "-m"
             assert files
             assert all((gpu.ROOT / file).exists() for file in files)
     _, eager, graph, training = (step.command[1:] for part in gpu.PARTS.values() for step in part if step.takes_output)
@@ -66,6 +72,41 @@ def test_a_step_that_takes_too_long_is_ended_and_its_log_kept(gpu, tmp_path, cap
     assert gpu.run(sleeper, tmp_path, 3.0) == 124
     assert "begun" in capsys.readouterr().out
     assert (tmp_path / "gpu-sleeper.log").read_text() == "begun\n"
+
+
+def test_training_steps_that_are_ended_leave_the_models_they_have(gpu, tmp_path, monkeypatch):
+    import training_steps
+
+    def measure(name, precision, *_):
+        if precision == "bf16":
+            raise KeyboardInterrupt
+        return {"model": name, "milliseconds": {"median": 1.0}, "peak_mb": 1.0}
+
+    monkeypatch.setattr(training_steps, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["training_steps.py", "--models", "a:b", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        training_steps.main()
+    (file,) = tmp_path.glob("*.json")
+    assert [result["model"] for result in json.loads(file.read_text())["results"]] == ["a:b"]
+
+
+def test_what_a_step_has_started_ends_with_it(gpu, tmp_path):
+    code = (
+        "import fcntl, subprocess, time; file = open('held', 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "subprocess.Popen(['sleep', '60'], pass_fds=[file.fileno()]); time.sleep(60)"
+    )
+    held = tmp_path / "held"
+    sleeper = gpu.Step("sleeper", ("-c", code.replace("'held'", repr(str(held)))), 1.0, takes_output=False)
+    assert gpu.run(sleeper, tmp_path, 3.0) == 124
+    with held.open() as file:
+        for _ in range(100):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # the kernel takes a moment
+                time.sleep(0.05)
+        else:
+            pytest.fail("the process that the step has started goes on")
 
 
 def test_steps_see_the_checkout_and_compile_kernels(gpu, tmp_path, capsys):

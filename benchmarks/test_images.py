@@ -1,6 +1,7 @@
 """The whole-image benchmark with the packages' small models: equal work is what it claims, and what it asserts."""
 
 import json
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -62,6 +63,44 @@ def test_a_run_records_times_stages_and_ratios(images, tmp_path, capsys, monkeyp
     assert list(row["stages_ms"]) == ["preprocess", "network", "boxes", "masks", "bool", "rle"]
     assert row["candidates"] == 200
     assert "by stage" in capsys.readouterr().out
+
+
+def test_a_run_that_is_ended_leaves_the_models_and_rounds_it_has(images, tmp_path, monkeypatch, capsys):
+    counts = {"a": 0, "b": 0}
+
+    def side(name, *_):
+        def call():
+            counts[name] += 1
+            if counts["b"] == 5:  # warm-up, first look, one round, and then
+                raise KeyboardInterrupt
+
+        return images.Side(name, {"boxes": call}, 200, 100, 1.0, None)
+
+    monkeypatch.setattr(images, "own_side", side)
+    monkeypatch.setattr("sys.argv", ["images.py", "--models", "a", "b", "--peers", "--output", str(tmp_path)])
+    records = []
+    monkeypatch.setattr(images, "write_record", lambda *how: records.append(json.dumps(how[-1])))
+    with pytest.raises(KeyboardInterrupt):
+        images.main()
+    records = [json.loads(record) for record in records]
+    assert [record["protocol"]["rounds"] for record in records] == [0, 0, 1]
+    assert [[row["model"] for row in record["results"]] for record in records] == [["a"], ["a", "b"], ["a", "b"]]
+    assert "a                ms: boxes" in capsys.readouterr().out
+
+
+def test_only_waits_are_counted_as_waits(images, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_sync_debug_mode",
+        lambda mode: warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            stacklevel=1,
+        ),
+    )
+    assert images.synchronisations(lambda: None) == 0
+    wait = lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # noqa: E731
+    assert images.synchronisations(lambda: [wait(), wait()]) == 2
 
 
 def test_ratios_compare_equal_forms_only(images):

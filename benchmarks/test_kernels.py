@@ -73,3 +73,18 @@ def test_a_case_that_fails_costs_no_other_and_shows_in_the_exit_code(kernels, tm
     broken_result, result = json.loads(file.read_text())["results"]
     assert broken_result["failed"]
     assert result["equal"]
+
+
+def test_a_run_that_is_ended_leaves_the_cases_it_has(kernels, tmp_path, monkeypatch):
+    def end(generator, device):
+        raise KeyboardInterrupt
+
+    good = kernels.Case("small", "a small paste", 0.0, kernels.pasted(IMAGE), kernels.same_masks)
+    monkeypatch.setattr(kernels, "CASES", (good, kernels.Case("ended", "is ended", 0.0, end, kernels.same_masks)))
+    monkeypatch.setattr(kernels, "fresh_peak", lambda case, which: 1.0)
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main()
+    (file,) = tmp_path.glob("*.json")
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["case"] == "small"

@@ -31,29 +31,34 @@ def main() -> int:
     flags = read_flags()
     torch.set_num_threads(flags.threads)
     device = torch.device(flags.device)
-    results = []
+    results: list[dict[str, Any]] = []
+    path = None
     for name in flags.models:
         for precision in flags.precisions:
             try:
                 result = measure(name, precision, flags, device)
+                took, peak = result["milliseconds"]["median"], result["peak_mb"]
+                said = f" {took:9.1f} ms a step of {flags.images} images   peak {peak:8.0f} MB"
             except FAILURES as error:
-                results.append({"model": name, "precision": precision, "failed": f"{type(error).__name__}: {error}"})
-                print(f"{name} {precision} failed: {error}", flush=True)
-                continue
+                result = {"model": name, "precision": precision, "failed": f"{type(error).__name__}: {error}"}
+                said = f"failed: {error}"
             results.append(result)
-            took, peak = result["milliseconds"]["median"], result["peak_mb"]
-            print(
-                f"{name:16} {precision}  {took:9.1f} ms a step of {flags.images} images   peak {peak:8.0f} MB",
-                flush=True,
-            )
-    if flags.output:
-        config = {key: getattr(flags, key) for key in ("models", "precisions", "images", "steps", "threads")}
-        body = {
-            "protocol": {"warm_up": 2, "instances_per_image": INSTANCES, "weights": "random", "unit": "MB of 2**20"},
-            "results": results,
-        }
-        print(f"wrote {write_record(Path(flags.output), f'training-{device.type}', config, body)}")
+            print(f"{name:16} {precision} {said}", flush=True)
+            path = record(results, flags, device)  # a run that is ended leaves what it has
+    if path:
+        print(f"wrote {path}")
     return 1 if any("failed" in result for result in results) else 0
+
+
+def record(results: list[dict[str, Any]], flags: argparse.Namespace, device: torch.device) -> Path | None:
+    if not flags.output:
+        return None
+    config = {key: getattr(flags, key) for key in ("models", "precisions", "images", "steps", "threads")}
+    body = {
+        "protocol": {"warm_up": 2, "instances_per_image": INSTANCES, "weights": "random", "unit": "MB of 2**20"},
+        "results": results,
+    }
+    return write_record(Path(flags.output), f"training-{device.type}", config, body)
 
 
 def measure(name: str, precision: str, flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
