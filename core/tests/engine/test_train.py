@@ -1,7 +1,9 @@
+import copy
 import csv
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +259,49 @@ def test_averaged_weights_are_what_is_kept_as_best(tiny, tmp_path):
     assert_same_weights(best, saved["ema"])
     assert not torch.equal(best["box.weight"], run.model.state_dict()["box.weight"])
     assert_same_weights(saved["model"], run.model.state_dict())
+
+
+@pytest.fixture
+def networked(tiny):
+    """A tiny model whose network is apart from what reads it, as `raw_outputs`."""
+
+    class Networked(tiny.TinyModel):
+        def features(self, images):
+            pixels = torch.stack([image.float() / 255 for image in images])
+            return self.dropout(self.raw_outputs(pixels))
+
+        def raw_outputs(self, pixels):
+            return self.backbone(pixels).flatten(1)
+
+    torch.manual_seed(7)
+    return Networked(tiny.TinyConfig())
+
+
+def test_what_is_compiled_is_the_network_that_learns_and_not_its_average(tiny, tmp_path, networked, monkeypatch):
+    seen, compiled = [], []
+
+    def watch(network):
+        compiled.append(network)
+        return lambda pixels: seen.append(len(pixels)) or network(pixels)
+
+    monkeypatch.setattr(torch, "compile", watch)
+    options, schedule = {"compile": True, "eval_every": 0}, {"length": 3, "ema": 0.9}
+    run = tiny.run_tiny(tmp_path, options, schedule, model=networked, val_set=tiny.TinySet(5))
+    assert seen == [4, 4, 4]  # the average is what is evaluated
+    assert [network.__self__ for network in compiled] == [run.model]
+    assert load_weights(run.result.weights)[0].keys() == run.model.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of what the compiler imports
+def test_a_compiled_run_learns_the_same(tiny, tmp_path, networked, monkeypatch):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler, and this machine has none: train --compile is not tested")
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # other tests fork
+    eager = tiny.run_tiny(tmp_path / "eager", {}, {"length": 4}, model=copy.deepcopy(networked))
+    compiled = tiny.run_tiny(tmp_path / "compiled", {"compile": True}, {"length": 4}, model=networked)
+    for name, tensor in eager.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_first_averages_follow_the_weights_quickly():

@@ -105,6 +105,7 @@ class Train(Model, Data, Reading):
     steps: int | None = None  # length in optimiser steps; milestones move along
     batch_size: int | None = None  # images per optimiser step, over all processes and --accumulate
     accumulate: int = 1  # forward passes per optimiser step
+    compile: Switch = False  # torch.compile the network (not the losses)
     sync_bn: Switch = False  # batch norms that learn take their statistics from all GPUs
     autoscale: bool = True  # another --batch-size changes learning rate and steps as the recipe would
     ema: float | None = None  # decay of averaged weights

@@ -139,6 +139,7 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
         flags,
         accumulate=flags.accumulate,
         sync_bn=flags.sync_bn,
+        compile=flags.compile,
         eval_every=flags.eval_every,
         save_every=flags.save_every,
         log_every=flags.log_every,

@@ -25,10 +25,10 @@ Network = Callable[[Tensor], Any]
 
 
 def prepare_network(model: Any, *, mode: Mode = "eager", channels_last: bool = False) -> None:
-    """Changes how `model.raw_outputs` runs, in place; for inference.
+    """Changes how `model.raw_outputs` runs, in place; "compile" is for training too.
 
     Args:
-        model: A module with `raw_outputs`, on its device, in eval mode.
+        model: A module with `raw_outputs`, on its device, in eval mode (but for "compile").
         mode: "eager"; "compile", by `torch.compile`, compiled anew for a new input size; "graph", captured as a CUDA
             graph for each input size and replayed. Graphs write their outputs into memory that they share: for one
             thread, and for outputs that are used before the next call.

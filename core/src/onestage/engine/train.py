@@ -41,6 +41,7 @@ from onestage.engine.checkpoint import (
 from onestage.engine.evaluate import evaluate
 from onestage.engine.guard import NonFiniteLoss, Suspect, autocast, seed_step
 from onestage.engine.journal import Journal
+from onestage.engine.network import prepare_network
 from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
 from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, MachineError, UsageError, some
@@ -60,6 +61,7 @@ class TrainOptions:
         precision: bf16 runs the model under autocast.
         seed: Order of the data, augmentation and every draw while training; the model is built before.
         deterministic: Ask the GPU for deterministic algorithms too; the CPU always uses them.
+        compile: Run the network by `torch.compile`, compiled anew for a new input size; losses stay as they are.
         sync_bn: Batch norms that learn take their statistics from all processes; on GPUs only.
         workers: Processes that load data; None: none on a small CPU, where they would compete with the model.
         accumulate: Batches per step; the schedule's batch size is divided among them and the processes.
@@ -78,6 +80,7 @@ class TrainOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     deterministic: bool = False
+    compile: bool = False
     sync_bn: bool = False
     workers: int | None = None
     accumulate: int = 1
@@ -248,6 +251,8 @@ class _Run:
             if resumed is not None:
                 resumed()
             self.take_along(options.resume.parent)
+        if options.compile:  # after the average was made: a copy would keep the function of the original
+            prepare_network(self.model, mode="compile")
         self.network = _distributed(model, self.device)
         self.window = _Window()
         folder.mkdir(parents=True, exist_ok=True)
@@ -527,9 +532,10 @@ class _Run:
             )
 
     def announce_first_step(self, seconds: float, steps_left: int) -> None:
+        pace = f"at that pace {steps_left} more steps take {_duration(seconds * steps_left)}"
         say(
             f"first step took {seconds:.2f} s, peak memory {peak_memory(self.device) / 1e9:.2f} GB; "
-            f"at that pace {steps_left} more steps take {_duration(seconds * steps_left)}"
+            + ("compiling was part of it" if self.options.compile else pace)
         )
 
     def progress_bar(self) -> tqdm[Any]:
