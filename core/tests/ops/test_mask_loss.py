@@ -130,12 +130,12 @@ def test_golden_gradients_of_the_assembly(golden):
 @pytest.mark.gpu
 def test_cuda_tensors_give_the_losses_and_gradients_of_the_cpu():
     results = []
-    for where in ("cpu", "cuda"):
-        basis, coefficients, boxes, masks, index = (value.to(where) for value in problem((2, 2)))
+    for where in ("cpu", "cuda"):  # float64 has no kernel
+        basis, coefficients, boxes, masks, index = (value.to(where) for value in problem((2, 2), torch.float32))
         losses = window_mask_loss(basis, coefficients, boxes, masks, index, grid=(2, 2))
         gradients = torch.autograd.grad(losses.sum(), (basis, coefficients))
         results.append([value.cpu() for value in (losses, *gradients)])
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])

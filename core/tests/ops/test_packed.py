@@ -76,6 +76,8 @@ def test_the_kernel_writes_dense_masks_as_the_twin(size, device):
     dense = dense_masks_triton(WINDOWS.T.contiguous().T.to(device), words.to(device), size)
     assert dense.dtype == torch.bool
     assert torch.equal(dense.cpu(), masks.to_bool())
+    spread = torch.stack((words, ~words), 1)[:, 0].to(device)
+    assert torch.equal(dense_masks_triton(WINDOWS.to(device), spread, size), dense)
 
 
 @pytest.mark.parametrize("count", [0, 1, 129])

@@ -103,7 +103,20 @@ def test_strided_inputs_are_read_where_they_lie(device):
     channels_last = [t.contiguous(memory_format=torch.channels_last) for t in (x, offset, weight, mask)]
     assert torch.equal(deform_conv2d_triton(*channels_last[:3], bias, *PLAIN, channels_last[3]), expected)
     wide = [torch.stack((t, t + 1), -1)[..., 0] for t in (x, offset, weight, mask)]  # every second number
-    assert torch.equal(deform_conv2d_triton(*wide[:3], bias, *PLAIN, wide[3]), expected)
+    every_second = torch.stack((bias, bias + 1), -1)[:, 0]
+    assert torch.equal(deform_conv2d_triton(*wide[:3], every_second, *PLAIN, wide[3]), expected)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_an_image_whose_offsets_or_factors_are_beyond_32_bits_is_refused(modulated):
+    groups, size = 128, (2**10, 2**11)
+    x, weight = torch.empty(1, groups, *size, device="meta"), torch.empty(1, groups, 3, 3, device="meta")
+    offset = torch.empty(1, groups * 18, 1, 1, device="meta").expand(-1, -1, *size)  # takes no room
+    mask = torch.empty(1, groups * 9, *size, device="meta")
+    if not modulated:
+        offset, mask = offset.contiguous(), None
+    with pytest.raises(AssertionError):
+        deform_conv2d_triton(x, offset, weight, None, *PLAIN, mask)
 
 
 def test_samples_outside_fade_to_zero_and_far_ones_are_zero(device):

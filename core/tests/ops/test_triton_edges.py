@@ -122,6 +122,9 @@ def test_the_custom_ops_are_what_the_compiler_needs(monkeypatch):
     profiles = random_profiles(2, (9, 12))
     inputs = profiles.columns, profiles.rows, torch.tensor([[1.2, 2.1, 8.3, 6.8]] * 2), RELEASED, BIAS
     torch.library.opcheck(torch.ops.onestage.refine_boxes.default, (*inputs, 0.05))
+    # Compiled code reads what the fake promises, whatever strides come in.
+    strided = *inputs[:2], inputs[2].T.contiguous().T, *inputs[3:]
+    assert torch.ops.onestage.refine_boxes(*strided, 0.05).is_contiguous()
     how = {"upsample": 2, "threshold": 0.4, "valid_size": [7, 9], "output_size": [9, 12], "align_corners": True}
     windows = torch.tensor([[0, 0, 12, 9], [3, 2, 9, 5]])
     torch.library.opcheck(

@@ -85,10 +85,15 @@ def test_many_windows_meet_in_one_tile_of_the_backward(count, device):
 
 def test_bool_masks_and_strided_inputs(device):
     basis, weights, windows, masks, index = case(device)
+    index = torch.ones_like(index)
     expected = window_loss_triton(basis, weights, windows, masks, index)
     strided = weights.T.contiguous().T, windows.T.contiguous().T, masks.bool().mT.contiguous().mT
-    for ours, other in zip(window_loss_triton(basis, *strided, index), expected, strict=True):
+    spread = torch.stack((index, 1 - index), 1)[:, 0]
+    for ours, other in zip(window_loss_triton(basis, *strided, spread), expected, strict=True):
         assert torch.equal(ours, other)
+    upstream = torch.linspace(-1.0, 2.0, len(index), device=device)
+    for_basis = window_loss_backward_triton(upstream, basis, weights, windows, masks, index)
+    assert torch.equal(window_loss_backward_triton(upstream, basis, *strided, spread), for_basis)
 
 
 def test_certain_pixels_lose_nothing_and_wrong_ones_stay_finite(device):
@@ -134,3 +139,18 @@ def test_the_custom_op_is_what_the_compiler_needs():
     torch.library.opcheck(
         torch.ops.onestage.window_loss.default, (basis.requires_grad_(), weights.requires_grad_(), *rest)
     )
+    # Compiled code reads what the fake promises, whatever strides come in.
+    strided = weights.detach().T.contiguous().T
+    assert all(value.is_contiguous() for value in torch.ops.onestage.window_loss(basis.detach(), strided, *rest))
+
+
+def test_the_custom_ops_compute_in_float32_under_autocast():
+    inputs = case("cpu")
+    upstream = torch.linspace(-1.0, 2.0, len(inputs[1]))
+    results = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            for_basis = torch.ops.onestage.window_loss_backward(upstream, *inputs)
+            results.append((*torch.ops.onestage.window_loss(*inputs), for_basis))
+    for single, under_autocast in zip(*results, strict=True):
+        assert torch.equal(single, under_autocast)

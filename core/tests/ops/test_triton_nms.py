@@ -1,11 +1,14 @@
 """The kernel of greedy NMS against the plain-torch twin: numbers and counts are equal, ties and rounding included."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onestage.ops.nms import top_nms_torch
+from onestage.ops.triton import nms
 from onestage.ops.triton.nms import top_nms_triton
 
 
@@ -73,6 +76,21 @@ def test_coordinates_of_any_size_and_order(device):
 def test_scores_in_half_types(dtype, device):
     boxes, scores = some(40, 2, 5)
     equal_twin(device, boxes, scores.to(dtype), most=6, room=8, ties=True)
+
+
+def test_scores_that_are_nan_are_no_candidates(device):
+    boxes, scores = some(40, 2, 7)
+    scores[3, 1] = scores[20, 0] = torch.nan
+    assert equal_twin(device, boxes, scores, most=6, room=8) == 6
+
+
+def test_products_and_sums_round_one_by_one_as_on_the_cpu(monkeypatch):
+    options = {}
+    monkeypatch.setattr(nms, "_walk_kernel", {(1,): lambda *_, **how: options.update(how)})
+    top_nms_triton(*some(4, 1, 0), None, 0.5, 3, 3, False, False)
+    assert options["enable_fp_fusion"] is False
+    monkeypatch.setattr(nms, "_walk_kernel", SimpleNamespace(arg_names=[]))
+    assert not any(case.fp_fusion for case in nms.compile_cases())
 
 
 def test_tensors_of_any_strides(device):

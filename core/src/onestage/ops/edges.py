@@ -59,7 +59,7 @@ def assemble_with_profiles(
     """Masks as `assemble_masks` makes them in order "logits", and their profiles from the same pass.
 
     Neither costs a dense [N, H, W]: maxima are taken of logits inside the windows, and the sigmoid of N (H + W) maxima
-    is the maximum of the sigmoids.
+    is the maximum of the sigmoids. Logits have to be numbers: a NaN becomes the maximum on the CPU and not in kernels.
 
     Args:
         basis, coefficients, windows, upsample, threshold, valid_size, output_size, align_corners: As in
@@ -204,7 +204,7 @@ def _(columns: Tensor, rows: Tensor, boxes: Tensor, weight: Tensor, bias: Tensor
 @torch.no_grad()
 def refine_boxes_torch(profiles: Profiles, boxes: Tensor, weight: Tensor, bias: Tensor, gamma: float) -> Tensor:
     """Plain-torch twin of `refine_boxes`: defines the result, runs anywhere."""
-    refined = boxes.clone()
+    refined = boxes.clone(memory_format=torch.contiguous_format)
     for axis, profile in enumerate((profiles.columns, profiles.rows)):
         sides = side_posteriors(profile, boxes[:, axis], boxes[:, axis + 2], weight, bias, gamma)
         for side, posterior in zip((axis, axis + 2), sides, strict=True):

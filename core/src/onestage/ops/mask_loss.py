@@ -133,8 +133,9 @@ def _window_loss_op(
 
         return window_loss_triton(basis, weights, windows, masks, mask_index)
     maps = basis.permute(2, 0, 1)
-    losses, _, passes, slopes = _losses(maps, weights, windows, masks, mask_index, mask_index, None)
-    return losses, _gradients(torch.ones_like(losses), maps, weights, passes, slopes)[1]
+    with torch.autocast(basis.device.type, enabled=False):
+        losses, _, passes, slopes = _losses(maps, weights, windows, masks, mask_index, mask_index, None)
+        return losses, _gradients(torch.ones_like(losses), maps, weights, passes, slopes)[1]
 
 
 @_window_loss_op.register_fake
@@ -156,8 +157,9 @@ def _window_loss_backward_op(
 
         return window_loss_backward_triton(upstream, basis, weights, windows, masks, mask_index)
     maps = basis.permute(2, 0, 1)
-    _, _, passes, slopes = _losses(maps, weights, windows, masks, mask_index, mask_index, None)
-    return _gradients(upstream, maps, weights, passes, slopes)[0].permute(1, 2, 0).contiguous()
+    with torch.autocast(basis.device.type, enabled=False):
+        _, _, passes, slopes = _losses(maps, weights, windows, masks, mask_index, mask_index, None)
+        return _gradients(upstream, maps, weights, passes, slopes)[0].permute(1, 2, 0).contiguous()
 
 
 @_window_loss_backward_op.register_fake
@@ -241,7 +243,8 @@ def _gradients(
     upstream: Tensor, basis: Tensor, weights: Tensor, passes: list[Pass], slopes: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Of sum(upstream * losses) for the basis [D, h, w] and the weights [S, D]."""
-    basis_gradient, weights_gradient = torch.zeros_like(basis), torch.zeros_like(weights)
+    basis_gradient = torch.zeros_like(basis)
+    weights_gradient = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     for (members, (x0, y0, x1, y1)), slope in zip(passes, slopes, strict=True):
         pixels = basis[:, y0:y1, x0:x1].reshape(len(basis), -1)
         scale = upstream[members, None]

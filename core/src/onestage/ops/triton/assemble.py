@@ -42,6 +42,8 @@ MAX_SPLITS = 8  # of the detections, where the basis has too few tiles for the G
 CELLS = 512  # assembly cells computed at a time
 TILE_WARPS = 8
 FIXED_ROWS = 12  # of the plan, before those of the sub-regions; the order of `_plan_kernel`
+LENGTHS = ("y_cells", "y_valid", "y_output", "x_cells", "x_valid", "x_output")  # of the axes
+EXTENTS = ("scratch_height", "scratch_width", "private_size", "image_height", "image_width")  # of memory
 
 
 @on_its_gpu
@@ -60,28 +62,23 @@ def assemble_masks_triton(
     output_size: Size,
     align_corners: bool = False,
     maxima: tuple[Tensor, Tensor] | None = None,
-    bits: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Kernels of `assemble_masks`, with the arguments of its twin.
 
-    Args:
-        bits: Whether the packed words are wanted; not where only `maxima` are.
-
     Returns:
-        [N, 4] int64 windows in image pixels and int32 words as `Masks` holds them, with room for N whole images, or
-        no words.
+        [N, 4] int64 windows in image pixels and int32 words as `Masks` holds them, with room for N whole images.
     """
     if order == "logits":
         if grid != (1, 1):
             raise ValueError("order 'logits' has no sub-regions")
         threshold = math.log(threshold / (1.0 - threshold))
-    words = basis.new_empty(word_capacity(len(windows), output_size) if bits else 0, dtype=torch.int32)
+    words = basis.new_empty(word_capacity(len(windows), output_size), dtype=torch.int32)
     resized_size = output_size if resized_size is None else resized_size
     image_windows = _assemble(
         (basis, coefficients, windows, boxes),
         (grid, upsample, order, threshold),
         (valid_size, resized_size, output_size, align_corners),
-        (words if bits else None, None, maxima),
+        (words, None, maxima),
     )
     return image_windows, words
 
@@ -254,7 +251,7 @@ def _tile_reach(valid: int, resized: int, align_corners: bool, tile: int) -> int
     return min(valid, math.ceil((tile - 1) * step) + 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", *LENGTHS])
 def _plan_kernel(
     windows_ptr,
     boxes_ptr,
@@ -414,7 +411,8 @@ def _basis_cells(table_ptr, start, stop, live, cells):
     return first, last + 1
 
 
-@triton.jit
+# Strides and depth stay: where they are multiples of 16 the basis is read in vectors.
+@triton.jit(do_not_specialize=["N", "height", "width", "scratch_height", "scratch_width"])
 def _dot_kernel(
     basis_ptr,
     coefficients_ptr,
@@ -506,7 +504,7 @@ def _overlap(start_ptr, stop_ptr, live, first, LENGTH: tl.constexpr):
     return live & (start < first + LENGTH) & (stop > first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", *LENGTHS, *EXTENTS])
 def _tile_kernel(
     scratch_ptr,
     private_ptr,
@@ -670,7 +668,7 @@ def _between(source_ptr, y_low, y_high, y_weight, x, line, reads_low, reads_high
 
 def compile_cases() -> list[KernelCase]:
     """What the compile check compiles: the orders, inputs and outputs that the methods use."""
-    lengths = dict.fromkeys(("y_cells", "y_valid", "y_output", "x_cells", "x_valid", "x_output"), "i32")
+    lengths = dict.fromkeys(LENGTHS, "i32")
     tiles = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
     cases = []
     for name, parts, prob in (("prob", 1, True), ("prob, sub-regions", 2, True), ("logits", 1, False)):
@@ -740,7 +738,7 @@ def compile_cases() -> list[KernelCase]:
             "threshold": "fp32",
             "N": "i32",
             **lengths,
-            **dict.fromkeys(("scratch_height", "scratch_width", "private_size", "image_height", "image_width"), "i32"),
+            **dict.fromkeys(EXTENTS, "i32"),
             "ROWS": parts,
             "COLUMNS": parts,
             "SHIFT": shift,

@@ -60,7 +60,7 @@ def deform_conv2d_triton(
     out = torch.empty(num_images, out_height, out_width, num_outputs, dtype=x.dtype, device=x.device)
     num_cells = out_height * out_width
     # Within an image addresses are 32-bit, for the sake of registers.
-    assert max(cells[:1].numel(), out[:1].numel()) < 2**31
+    assert max(_reach(part) for part in (cells, out, offset, mask) if part is not None) < 2**31
     if out.numel() > 0:
         block_m, block_n, block_k, num_warps = choose_config(x.dtype, num_outputs // num_groups)
         tiles = triton.cdiv(num_outputs // num_groups, block_n)
@@ -69,7 +69,7 @@ def deform_conv2d_triton(
             offset,
             mask,
             kernel,
-            bias,
+            None if bias is None else bias.contiguous(),
             out,
             num_cells,
             height,
@@ -96,6 +96,11 @@ def deform_conv2d_triton(
     return out.permute(0, 3, 1, 2)
 
 
+def _reach(images: Tensor) -> int:
+    """How far from the first element of an image its last one lies."""
+    return sum((length - 1) * stride for length, stride in zip(images.shape[1:], images.stride()[1:], strict=True))
+
+
 def choose_config(dtype: torch.dtype, group_outputs: int) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps) for a type and a number of output channels per weight group."""
     if dtype == torch.float32:
@@ -103,7 +108,19 @@ def choose_config(dtype: torch.dtype, group_outputs: int) -> tuple[int, int, int
     return HALF_WIDE if group_outputs >= WIDE_FROM else HALF_NARROW
 
 
-@triton.jit
+# Sizes of levels and images; the strides of cells stay, 1 of those lets offsets be read side by side.
+@triton.jit(
+    do_not_specialize=[
+        "num_cells",
+        "height",
+        "width",
+        "out_width",
+        "offset_image",
+        "offset_channel",
+        "mask_image",
+        "mask_channel",
+    ]
+)
 def _deform_kernel(
     x_ptr,  # [B, H, W, C]
     offset_ptr,  # [B, g * T * 2, h * w], any strides

@@ -95,7 +95,7 @@ def refine_boxes_triton(
     return refined
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "height", "columns_stride", "rows_stride"])
 def _refine_kernel(
     columns_ptr,  # [N, W]
     rows_ptr,  # [N, H]

@@ -49,7 +49,7 @@ def window_loss_triton(
             weights.contiguous(),
             windows.contiguous(),
             _bytes(masks),
-            mask_index,
+            mask_index.contiguous(),
             losses,
             pull,
             basis.shape[0],
@@ -86,7 +86,7 @@ def window_loss_backward_triton(
             weights.contiguous(),
             windows.contiguous(),
             _bytes(masks),
-            mask_index,
+            mask_index.contiguous(),
             gradient,
             len(weights),
             height,
@@ -108,7 +108,7 @@ def _bytes(masks: Tensor) -> Tensor:
     return (masks if masks.dtype == torch.uint8 else masks.to(torch.uint8)).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _forward_kernel(
     basis_ptr,  # [h, w, D]
     weights_ptr,  # [S, D]
@@ -150,7 +150,7 @@ def _forward_kernel(
     tl.store(pull_ptr + (window * PARTS + part) * depth + channel, pull, mask=channel < depth)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_windows", "height", "width"])
 def _backward_kernel(
     upstream_ptr,  # [S]
     basis_ptr,  # [h, w, D]

@@ -3,7 +3,7 @@
 A candidate is compared with what is kept and with better ones of its block, so there is no matrix of all candidates,
 and no limit to their number. Blocks of 32 go against 32 kept boxes at a time. Inside a block the greedy answer is the
 one fixed point of "stays, if nothing better that stays removes it": what does not change any more is it, after as many
-rounds as the longest chain of removals has links. In float64, as torchvision's on the CPU.
+rounds as the longest chain of removals has links. In float64, as torchvision's on the CPU, and rounded as there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onestage.ops.triton.plan import on_its_gpu
 
 BLOCK = 32  # candidates, and kept boxes, that are compared at a time
 NUM_WARPS = 8
+FUSE = False  # products and sums round one by one, as on the CPU: an IoU may lie exactly at the threshold
 
 
 @on_its_gpu
@@ -39,7 +40,9 @@ def top_nms_triton(
     if scores.numel() == 0:
         return number, count
     exact = boxes.double()
-    ordered, order = scores.flatten().float().sort(descending=True, stable=True)
+    flat = scores.flatten().float()
+    # NaN is no candidate, but would be the first of them.
+    ordered, order = torch.where(flat >= 0, flat, -1.0).sort(descending=True, stable=True)
     _walk_kernel[(1,)](
         (from_legacy(exact) if legacy else exact).contiguous(),
         None if labels is None else labels.contiguous(),
@@ -57,11 +60,12 @@ def top_nms_triton(
         keep_ties,
         BLOCK,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=FUSE,
     )
     return number, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _walk_kernel(
     boxes_ptr,  # [N, 4] float64, exclusive
     labels_ptr,  # [N] int64 or None
@@ -170,5 +174,6 @@ def compile_cases() -> list[KernelCase]:
     cases = []
     for name, labels, keep_ties in (("classes", None, False), ("labels, ties", "*i64", True)):
         arguments = given | {"labels_ptr": labels, "KEEP_TIES": keep_ties, "BLOCK": BLOCK}
-        cases.append(KernelCase(name, _walk_kernel, {key: arguments[key] for key in _walk_kernel.arg_names}, NUM_WARPS))
+        arguments = {key: arguments[key] for key in _walk_kernel.arg_names}
+        cases.append(KernelCase(name, _walk_kernel, arguments, NUM_WARPS, fp_fusion=FUSE))
     return cases

@@ -24,12 +24,21 @@ def dense_masks_triton(windows: Tensor, words: Tensor, size: tuple[int, int]) ->
         grid = (triton.cdiv(size[1], COLUMNS), triton.cdiv(size[0], ROWS), len(windows))
         ends = plan_windows(windows)
         _dense_kernel[grid](
-            windows.contiguous(), words, ends, dense, len(windows), *size, ROWS, COLUMNS, num_warps=NUM_WARPS
+            windows.contiguous(),
+            words.contiguous(),
+            ends,
+            dense,
+            len(windows),
+            *size,
+            ROWS,
+            COLUMNS,
+            num_warps=NUM_WARPS,
         )
     return dense
 
 
-@triton.jit
+# The width stays: where it is a multiple of 16 rows are written in vectors.
+@triton.jit(do_not_specialize=["N", "height"])
 def _dense_kernel(
     windows_ptr, words_ptr, ends_ptr, dense_ptr, N, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -46,7 +55,7 @@ def _dense_kernel(
     inside = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :]
     place = (x - x0)[None, :] * words_per_column + ((y - y0) // 32)[:, None]
     word = tl.load(words_ptr + words_start + place, mask=inside, other=0)
-    bit = (word >> ((y - y0) % 32)[:, None]) & 1
+    bit = (word >> ((y - y0) & 31)[:, None]) & 1  # `%` is negative above the window
     lines = n.to(tl.int64) * height + y
     live = (y < height)[:, None] & (x < width)[None, :]
     tl.store(dense_ptr + lines[:, None] * width + x[None, :], bit != 0, mask=live)

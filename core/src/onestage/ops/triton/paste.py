@@ -89,7 +89,7 @@ def _paste(
     return windows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "height", "width"])
 def _plan_kernel(
     boxes_ptr,
     windows_ptr,
@@ -134,7 +134,7 @@ def _reach(box_ptr, live, extent, side):
     return start, tl.where(length > 0, tl.maximum(stop, start), start)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "image_height", "image_width"])
 def _tile_kernel(
     maps_ptr,
     boxes_ptr,

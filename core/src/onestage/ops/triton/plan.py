@@ -72,7 +72,7 @@ def padded_count(count: int) -> int:
     return max(128, triton.next_power_of_2(count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _windows_kernel(windows_ptr, ends_ptr, N, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
     tiles_before, words_before = no_ends()
     first = 0

@@ -39,7 +39,7 @@ def mask_changes_triton(windows: Tensor, words: Tensor, size: tuple[int, int], c
     return changes, ends
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "height"])
 def _count_kernel(windows_ptr, words_ptr, sums_ptr, N, height, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """How many changes each block has."""
     block_ends, word_ends = _ends(windows_ptr, N, LANES, BLOCK)
@@ -51,7 +51,7 @@ def _count_kernel(windows_ptr, words_ptr, sums_ptr, N, height, LANES: tl.constex
         block += tl.num_programs(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_kernel(windows_ptr, sums_ptr, ends_ptr, N, LANES: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr):
     """Turns the blocks' counts into how many changes there are up to and with each, and says where masks end."""
     block_ends, _ = _ends(windows_ptr, N, LANES, BLOCK)
@@ -70,7 +70,7 @@ def _sum_kernel(windows_ptr, sums_ptr, ends_ptr, N, LANES: tl.constexpr, BLOCK: 
     tl.store(ends_ptr + lane, end, mask=lane < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "height", "capacity"])
 def _write_kernel(
     windows_ptr, words_ptr, sums_ptr, changes_ptr, N, height, capacity, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):
