@@ -198,10 +198,10 @@ def test_a_prediction_that_was_stopped_keeps_what_it_found_and_goes_on(
     assert (json.loads(out)["skipped"], json.loads(out)["images"]) == (6, 0)
 
 
-@pytest.mark.parametrize("fails_at", [1, 3])  # in the picture, in the second mask
-def test_files_that_were_cut_short_are_not_taken_for_done(call, here, weights, monkeypatch, fails_at):
+@pytest.mark.parametrize(("saved_as", "fails_at", "files"), [("image", 1, 1), ("masks", 2, 3)])
+def test_files_that_were_cut_short_are_not_taken_for_done(call, here, weights, monkeypatch, saved_as, fails_at, files):
     photo(here / "in" / "a.png")
-    words = f"predict in --weights {weights} --score-thr 0 --output out --save image masks --skip-existing --json"
+    words = f"predict in --weights {weights} --score-thr 0 --output out --save {saved_as} --skip-existing --json"
     save, saved = Image.Image.save, []
 
     def fail(self, path, *arguments, **more):
@@ -213,10 +213,21 @@ def test_files_that_were_cut_short_are_not_taken_for_done(call, here, weights, m
 
     monkeypatch.setattr(Image.Image, "save", fail)
     assert call(words)[0] == 130
-    assert written(here / "out")[1].keys() <= {"images/a.jpg"}
+    assert written(here / "out")[1] == {}
     _, out, _ = call(words)
     assert json.loads(out)["images"] == 1
-    assert len(written(here / "out")[1]) == 1 + 3
+    assert len(written(here / "out")[1]) == files
+
+
+def test_pictures_that_are_missing_are_made_and_the_json_stays(call, here, weights):
+    for name in ("a", "b"):
+        photo(here / "in" / f"{name}.png", seed=ord(name))
+    words = f"predict in --weights {weights} --score-thr 0 --output out --skip-existing --json --save"
+    assert call(f"{words} json")[0] == 0
+    content = written(here / "out")[0]
+    assert json.loads(call(f"{words} image json")[1])["images"] == 2
+    assert written(here / "out")[0] == content
+    assert sorted(written(here / "out")[1]) == ["images/a.jpg", "images/b.jpg"]
 
 
 def test_a_prediction_is_written_now_and_then_and_seldom_when_there_are_many(tmp_path, monkeypatch):
