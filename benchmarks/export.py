@@ -20,8 +20,8 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from onestage.engine.checkpoint import file_sha256
 from onestage.errors import CheckFailed
+from onestage.files import file_digest
 from onestage.method import Method
 from onestage.tables.record import write_record
 
@@ -55,7 +55,7 @@ def write(package: str, network: list[str], results: Path, *flags: str) -> Path:
     libraries = {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
     name, weights = f"export-{package}", "random"
     if network[0] == "--weights":
-        name, weights = f"{name}-trained", file_sha256(network[1])
+        name, weights = f"{name}-trained", file_digest(network[1])
         words[1] = found["weights"] = weights  # wherever the file lay
     body = {"kind": "export", "weights": weights, "results": found, "libraries": libraries}
     return write_record(results, name, {"package": package, "flags": words}, body)

@@ -28,7 +28,8 @@ from meinst.codec import MaskCodec
 from meinst.fit import dataset_masks, fit
 from onestage.data.synth import ShapesDataset
 from onestage.draw import SHOWN_WIDTH, Instances, colour_of, data_uri, draw, template
-from onestage.engine.checkpoint import load_into, load_weights, write_atomically
+from onestage.engine.checkpoint import load_into, load_weights
+from onestage.files import write_atomically
 from onestage.method import Method
 from onestage.nn import fcos, retinanet
 from onestage.ops.paste import cut_mask

@@ -25,9 +25,10 @@ from meinst import get_model
 from onestage.data.coco import CocoDataset, locate
 from onestage.engine.checkpoint import read_state_dict
 from onestage.engine.coco_eval import CocoEvaluator
+from onestage.files import file_digest
 from onestage.masks import Masks
 from onestage.structures import Detections
-from onestage.tables.record import file_digest, write_record
+from onestage.tables.record import write_record
 
 COUNTED = 0.05  # score from which a box counts, Figure 4
 

@@ -76,8 +76,8 @@ def _explore(flags: Explore, words: Sequence[str]) -> int:
     # The imports are here so that --help does not wait for torch.
     from onestage.cli.runs import open_run
     from onestage.data.coco import CocoDataset, locate
-    from onestage.engine.checkpoint import write_atomically
     from onestage.engine.failures import Rules, count, find_failures, listed
+    from onestage.files import write_atomically
 
     set_up_log(words, "onestage")
     split = locate(flags.data, "val", json=flags.val_json, images=flags.val_images)

@@ -16,7 +16,8 @@ from tyro.conf import Positional
 
 from onestage.cli.app import guard
 from onestage.cli.flags import Switch, Talk, parse_flags
-from onestage.errors import CheckFailed, DatasetError, MachineError, UsageError
+from onestage.errors import CheckFailed, DatasetError, UsageError
+from onestage.files import replacing
 
 if TYPE_CHECKING:
     from onestage.data.coco import Split
@@ -228,12 +229,7 @@ def _write_copy(flags: Lint, runs: Sequence[_Run]) -> None:
         for place in (target, images):
             if place is not None and not place.parent.resolve().is_relative_to(flags.fix.resolve()):
                 raise UsageError(f"'{place.parent}' is a link out of --fix '{flags.fix}'", "name a new folder")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(target, run.checked.content)
-        except OSError as error:
-            reason = f"'{target}' cannot be written: {error.strerror}"
-            raise MachineError(reason, "name a folder with space that you may write to") from None
+        _write_json(target, run.checked.content)
         run.checked.content.clear()  # there is no memory for what the reader makes of it too
         try:
             read_annotations(target, max_pixels=flags.max_pixels)
@@ -277,8 +273,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Entry by entry: as one text the file would not fit into memory twice."""
     from onestage.data.lint import as_json
 
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
+    with replacing(path, text=True) as file:
         for number, (key, value) in enumerate(content.items()):
             file.write(f"{',' if number else '{'}\n{json.dumps(key)}: ")
             if not isinstance(value, list):
@@ -288,9 +283,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
                 file.write(("," if position else "[") + "\n" + json.dumps(entry, default=as_json))
             file.write("\n]" if value else "[]")
         file.write("\n}\n" if content else "{}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _report(flags: ReportFlags, words: Sequence[str]) -> int:
         raise UsageError("no RUN", f"name run folders, as in: {PROGRAM} runs/mine")
     # The imports are here so that --help does not wait for torch.
     from onestage.cli.runs import open_run
-    from onestage.engine.checkpoint import write_atomically
+    from onestage.files import write_atomically
 
     set_up_log(words, "onestage")
     runs = [read_run(folder, name) for folder, name in zip(flags.runs, short_names(flags.runs), strict=True)]

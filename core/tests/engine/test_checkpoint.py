@@ -2,8 +2,6 @@ import collections
 import io
 import os
 import pickle
-import resource
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +18,8 @@ from onestage.engine.checkpoint import (
     read_state_dict,
     save_checkpoint,
     save_weights,
-    write_atomically,
 )
-from onestage.errors import MachineError, WeightsError
+from onestage.errors import WeightsError
 
 INFO = WeightsInfo(
     package="paper",
@@ -280,39 +277,3 @@ def test_missing_surplus_and_misshapen_tensors_are_errors():
         load_into(Detector(), Detector(width=5).state_dict(), INFO)
     with pytest.raises(WeightsError, match="another backbone"):
         load_into(Detector(), Detector(width=5).state_dict(), INFO, head="reinit")
-
-
-def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "last.ckpt", b"old")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(MachineError, match=r"2\.0 MB needed, 1\.0 MB free") as caught:
-        write_atomically(tmp_path / "last.ckpt", bytes(2_000_000))
-    assert caught.value.exit_code == 5
-    assert (tmp_path / "last.ckpt").read_bytes() == b"old"
-
-
-def test_a_disk_that_fills_while_writing_keeps_the_old_file(tmp_path):
-    write_atomically(tmp_path / "last.ckpt", b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(MachineError, match="no space"):
-            write_atomically(tmp_path / "last.ckpt", bytes(200_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "last.ckpt").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["last.ckpt"]
-
-
-def test_what_reads_back_differently_does_not_replace_the_old_file(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "last.ckpt", b"old")
-    monkeypatch.setattr(os, "fsync", lambda fd: os.ftruncate(fd, 2))
-    with pytest.raises(MachineError, match="reads back differently"):
-        write_atomically(tmp_path / "last.ckpt", b"new")
-    assert (tmp_path / "last.ckpt").read_bytes() == b"old"
-
-
-def test_a_folder_that_may_not_be_written_is_an_error_without_a_traceback(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(MachineError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "last.ckpt", b"x")

@@ -31,8 +31,3 @@ def test_commit_of_a_foreign_checkout_is_not_taken(monkeypatch, tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(record, "HERE", tmp_path)
     assert record.provenance()["commit"] == "unknown"
-
-
-def test_file_digest_is_sha256(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert record.file_digest(tmp_path / "x").startswith("ba7816bf8f01cfea")

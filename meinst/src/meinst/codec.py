@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from meinst.config import MEInstConfig
-from onestage.engine.checkpoint import write_atomically
 from onestage.errors import WeightsError
+from onestage.files import write_atomically
 
 ARRAYS = ("components_c", "mean_c", "explained_variance_c", "ratio_c")  # names in the official files
 NOISE = 0.05  # largest distance of a noisy pixel from 0 or 1, smallest is NOISE_FLOOR

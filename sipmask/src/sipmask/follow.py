@@ -21,6 +21,7 @@ from torch import Tensor
 
 from onestage.data.frames import FrameSource, open_source
 from onestage.engine.predict import Predictor, Result
+from onestage.files import replacing
 
 MAX_AGE = 100  # frames
 MAX_TRACKS = 200
@@ -196,12 +197,10 @@ def _submission_entry(
 
 
 def _write_list(path: Path, entries: Iterable[Iterator[str]], before: str = "", after: str = "") -> None:
-    """A JSON list written piece by piece, to a temporary name first."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    """A JSON list written piece by piece."""
+    with replacing(path, text=True) as file:
         file.write(before + "[")
         for number, entry in enumerate(entries):
             file.write(",\n" if number else "\n")
             file.writelines(entry)
         file.write("]" + after + "\n")
-    part.replace(path)

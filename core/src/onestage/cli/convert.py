@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from onestage.cli.flags import Call
-from onestage.engine.checkpoint import WeightsInfo, file_sha256, load_weights, read_state_dict, save_weights
+from onestage.engine.checkpoint import WeightsInfo, load_weights, read_state_dict, save_weights
 from onestage.errors import CheckFailed, UsageError, WeightsError, some
+from onestage.files import file_digest
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
@@ -41,7 +42,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         categories=coco_categories() if config.num_classes == 80 else _numbered(config.num_classes),
         recipe=f"converted from the authors' {source.name}",
         source=source.name,
-        source_sha256=file_sha256(source),
+        source_sha256=file_digest(source),
     )
     save_weights(target, model.state_dict(), info)
     logger.info("%d tensors of %s became %d of %s", len(foreign), source, len(state), target)

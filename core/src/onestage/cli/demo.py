@@ -22,10 +22,11 @@ from onestage.cli.train import options_of, train_in
 from onestage.data.synth import ShapesDataset
 from onestage.draw import Instances
 from onestage.engine import distributed
-from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, save_weights, write_atomically
+from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, save_weights
 from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.evaluate import evaluate
 from onestage.engine.journal import read_rows
+from onestage.files import write_atomically
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")

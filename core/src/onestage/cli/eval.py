@@ -17,11 +17,12 @@ from onestage.cli.runs import open_run
 from onestage.config import config_from_dict
 from onestage.data.validate import read_json
 from onestage.engine import distributed
-from onestage.engine.checkpoint import load_into, load_weights, write_atomically
+from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.coco_eval import evaluate_results_file
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.ytvis_eval import evaluate_video_results_file
 from onestage.errors import UsageError
+from onestage.files import write_atomically
 from onestage.machine import default_workers
 from onestage.method import Method
 

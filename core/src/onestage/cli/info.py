@@ -38,7 +38,8 @@ def _variants(method: Method) -> dict[str, Any]:
 
 
 def _card(method: Method, path: Any) -> dict[str, Any]:
-    from onestage.engine.checkpoint import file_sha256, load_weights
+    from onestage.engine.checkpoint import load_weights
+    from onestage.files import file_digest
 
     state, info = load_weights(path, package=method.name)
     card = asdict(info) | {
@@ -47,6 +48,6 @@ def _card(method: Method, path: Any) -> dict[str, Any]:
         "tensors": len(state),
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "file": str(path),
-        "sha256": file_sha256(path),
+        "sha256": file_digest(path),
     }
     return card

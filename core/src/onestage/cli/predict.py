@@ -24,11 +24,11 @@ from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
 from onestage.data.coco import read_image
 from onestage.data.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DrawnFrames, FrameSource, is_camera, open_source
-from onestage.engine.checkpoint import write_atomically
 from onestage.engine.export import DECODE
 from onestage.engine.predict import Predictor, Result
 from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, UsageError, some
+from onestage.files import write_atomically
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")

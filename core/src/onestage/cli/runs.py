@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from onestage.errors import UsageError, UserError
+from onestage.errors import MachineError, UsageError, UserError
+from onestage.files import write_atomically
 
 RUNS = Path("runs")
 # What a run leaves behind, as patterns: every run, and those of a verb. --overwrite takes these away and nothing else.
@@ -64,9 +65,7 @@ class Run:
     def write(self, name: str, content: dict[str, Any]) -> Path:
         """Writes JSON to `name` in the folder, whole or not at all."""
         path = self.folder / name
-        part = path.with_name(f".{name}.part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
         return path
 
     @property
@@ -249,8 +248,8 @@ def _write_error(run: Run) -> None:
         content |= {"what": error.what, "fix": error.fix, "exit_code": error.exit_code}
     try:
         run.write("error.json", content)
-    except OSError as full:  # a full disk must not hide the error that told of it
-        logger.warning("error.json could not be written: %s", full)
+    except MachineError as full:  # a full disk must not hide the error that told of it
+        logger.warning("error.json could not be written: %s", full.what)
 
 
 def _trace(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> list[str]:

@@ -7,13 +7,9 @@ runs code from it.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
 import json
-import os
 import pickle
-import shutil
 import struct
 import zipfile
 import zlib
@@ -21,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -29,7 +25,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from onestage.errors import MachineError, WeightsError, some
+from onestage.errors import WeightsError, some
+from onestage.files import write_atomically
 
 FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-2"}
 METADATA_KEY = "onestage"
@@ -260,45 +257,6 @@ def load_checkpoint(path: str | Path, kind: Literal["training", "crash"] = "trai
             else "give --replay a crash-<step>.pt of a run",
         )
     return content
-
-
-def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
-    """Writes under a temporary name, syncs, reads back, renames.
-
-    Raises:
-        MachineError: not enough space, the file cannot be written, or it reads back differently.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < len(data):
-            raise _no_space(path, len(data), free)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        with open(temporary, "rb") as file:
-            _compare(file, data, path)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _no_space(path, len(data), shutil.disk_usage(path.parent).free) from error
-        raise MachineError(f"cannot write '{path}': {error.strerror}", "give a folder you may write to") from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _learns(model: nn.Module, name: str) -> bool:
@@ -543,25 +501,6 @@ def _check_plain(value: Any, where: str) -> None:
         assert value is None or type(value) in (str, int, float, bool), f"{where} is a {type(value).__name__}"
 
 
-def _compare(file: BinaryIO, data: bytes | memoryview, path: Path) -> None:
-    view, position = memoryview(data), 0
-    while chunk := file.read(1 << 22):
-        if chunk != bytes(view[position : position + len(chunk)]):  # views are compared item by item
-            break
-        position += len(chunk)
-    if position != len(view):
-        raise MachineError(f"'{path}' reads back differently from what was written", "check the disk")
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _foreign(path: Path, package: str | None) -> WeightsError:
     command = (
         f"python -m {package}.convert --from {path} --to {path.stem}.safetensors" if package else "the convert verb"
@@ -584,13 +523,6 @@ def _other_categories(info: WeightsInfo, names: list[str], dataset: str) -> Weig
 def _cut_short(path: Path, size: int, again: str, promised: int | None = None) -> WeightsError:
     expected = f" of {promised:,} bytes" if promised else " bytes"
     return WeightsError(f"weights '{path}' are cut short ({size:,}{expected}; a broken download?)", again)
-
-
-def _no_space(path: Path, needed: int, free: int) -> MachineError:
-    return MachineError(
-        f"no space to write '{path}': {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free",
-        "free some space, or give --output a folder on another disk; what was saved before is untouched",
-    )
 
 
 def _beside(path: Path) -> str:

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from onestage.config import InputConfig, config_from_dict
-from onestage.engine.checkpoint import UNPICKLING_ERRORS, WeightsInfo, load_weights, save_weights, write_atomically
+from onestage.engine.checkpoint import UNPICKLING_ERRORS, WeightsInfo, load_weights, save_weights
 from onestage.errors import MachineError, UsageError, WeightsError
+from onestage.files import write_atomically
 from onestage.method import Method
 from onestage.ops.deform import ExportedForm, exported_as
 from onestage.structures import Detections

@@ -30,14 +30,7 @@ from tqdm import tqdm
 from onestage.config import ScheduleConfig
 from onestage.data.loader import InstanceDataset, ResumableSampler, WorkerDied, make_loader
 from onestage.engine import distributed
-from onestage.engine.checkpoint import (
-    WeightsInfo,
-    load_checkpoint,
-    load_into,
-    save_checkpoint,
-    save_weights,
-    write_atomically,
-)
+from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, save_checkpoint, save_weights
 from onestage.engine.evaluate import evaluate
 from onestage.engine.guard import NonFiniteLoss, Suspect, autocast, seed_step
 from onestage.engine.journal import Journal
@@ -45,6 +38,7 @@ from onestage.engine.network import prepare_network
 from onestage.engine.schedule import Plateau, lr_at, make_optimizer, set_lr, total_steps
 from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, MachineError, UsageError, some
+from onestage.files import write_atomically
 from onestage.machine import default_workers, peak_memory
 from onestage.structures import Target
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onestage.config import InputConfig, config_from_dict, for_trunk, of_length, rescaled, resized
 from onestage.errors import DatasetError, UsageError, some
+from onestage.files import file_digest
 from onestage.method import Method
-from onestage.tables.record import digest, file_digest, file_stem
+from onestage.tables.record import digest, file_stem
 from onestage.tables.spec import Row, Table, small_config
 
 if TYPE_CHECKING:

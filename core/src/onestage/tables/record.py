@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onestage.files import write_atomically
+
 SCHEMA = 1
 HERE = Path(__file__).resolve().parent
 
@@ -38,12 +40,9 @@ def write_record(
     sha256 = digest(config)
     record = {"schema": SCHEMA, "kind": "speed", "name": name, "config": config, "config_sha256": sha256}
     record |= {**body, "code": code, "machine": machine()}
-    folder.mkdir(parents=True, exist_ok=True)
     dirty = "-dirty" if code["dirty"] else ""
     path = folder / f"{file_stem(name)}-{sha256[:12]}-{code['commit'][:7]}{dirty}.json"
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
     return path
 
 
@@ -56,15 +55,6 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 def digest(value: Any) -> str:
     """SHA-256 of a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        whole = hashlib.sha256()
-        while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
 
 
 def file_stem(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from onestage.draw import Line, chart, template
-from onestage.engine.checkpoint import write_atomically
+from onestage.files import write_atomically
 from onestage.method import Method
 from onestage.tables.plan import GENERATED, Settings, config_of, entry_of, weights_of
 from onestage.tables.record import file_stem

@@ -29,13 +29,14 @@ from onestage.data.synth import ShapesDataset
 from onestage.data.ytvis import FramePairs, VideoDataset
 from onestage.draw import Instances, draw
 from onestage.engine import distributed
-from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights, write_atomically
+from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.guard import autocast
 from onestage.engine.train import Interrupted, TrainOptions, train
 from onestage.errors import UserError
+from onestage.files import file_digest, write_atomically
 from onestage.tables.plan import Entry, Job, Settings, data_of, splits_of, weights_of
-from onestage.tables.record import file_digest, read_records, write_record
+from onestage.tables.record import read_records, write_record
 
 NUM_PICTURES = 3  # images whose masks are shown side by side
 SHOWN_WIDTH = 240  # px of a picture
