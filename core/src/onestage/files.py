@@ -20,38 +20,41 @@ def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
     Raises:
         MachineError: not enough space, the file cannot be written, or it reads back differently.
     """
-    path = Path(path)
-    with replacing(path) as file:
-        if shutil.disk_usage(path.parent).free < len(data):
-            raise _no_space(path, len(data))
+    with replacing(Path(path), expected=data) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        _compare(file, data, path)
 
 
 @contextmanager
-def replacing(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
-    """A file to write, of bytes or of text, that takes the place of `path` if the block ends without an error.
+def replacing(path: Path, *, text: bool = False, expected: bytes | memoryview | None = None) -> Iterator[IO[Any]]:
+    """A file to write that takes the place of `path` if the block ends without an error.
 
     Until then it lies beside it under a temporary name; folders are made.
 
+    Args:
+        path: Where it goes.
+        text: It takes text, not bytes.
+        expected: All that will be written, if that is known: there must be space for it, and it is read back.
+
     Raises:
-        MachineError: not enough space, or the file cannot be written.
+        MachineError: not enough space, the file cannot be written, or it reads back differently.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w" if text else "w+b", encoding="utf-8" if text else None) as file:
+        if expected is not None and shutil.disk_usage(path.parent).free < len(expected):
+            raise _no_space(path, expected)
+        with open(temporary, "w" if text else "wb", encoding="utf-8" if text else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if expected is not None:
+            with open(temporary, "rb") as written:
+                _compare(written, expected, path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _no_space(path) from error
+            raise _no_space(path, expected) from error
         raise MachineError(f"cannot write '{path}': {error.strerror}", "give a folder you may write to") from error
     finally:
         if temporary.is_file():
@@ -86,9 +89,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _no_space(path: Path, needed: int | None = None) -> MachineError:
-    free = f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB free"
+def _no_space(path: Path, expected: bytes | memoryview | None) -> MachineError:
+    needed = "" if expected is None else f"{len(expected) / 1e6:.1f} MB needed, "
     return MachineError(
-        f"no space to write '{path}': {free if needed is None else f'{needed / 1e6:.1f} MB needed, {free}'}",
+        f"no space to write '{path}': {needed}{shutil.disk_usage(path.parent).free / 1e6:.1f} MB free",
         "free some space, or give --output a folder on another disk; what was saved before is untouched",
     )

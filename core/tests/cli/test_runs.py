@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +50,13 @@ def test_an_error_nobody_expected_is_kept_with_its_traceback(tmp_path):
     error = json.loads((run.folder / "error.json").read_text())
     assert error["type"] == "ZeroDivisionError"
     assert any("test_runs.py" in line for line in error["traceback"])
+
+
+def test_a_full_disk_does_not_hide_the_error_that_ended_the_run(tmp_path, monkeypatch, caplog):
+    with pytest.raises(ZeroDivisionError), open_run("toy", "eval", {}, output=tmp_path / "out"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        1 / 0  # noqa: B018
+    assert "error.json could not be written: no space" in caplog.text
 
 
 def test_a_folder_that_is_not_empty_is_refused_unless_overwrite_or_keep(tmp_path):
