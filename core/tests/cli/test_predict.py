@@ -254,6 +254,16 @@ def test_one_broken_image_among_others_is_named_after_the_others_are_done(call, 
     assert json.loads((here / "out" / "error.json").read_text())["exit_code"] == 3
 
 
+@pytest.mark.parametrize("folder", ["images", "masks/deep"])
+def test_photos_that_would_be_drawn_over_are_refused(call, here, weights, folder):
+    path = photo(here / "data" / folder / "a.jpg")
+    before = path.read_bytes()
+    code, _, err = call("predict", "data", "--weights", "toy.safetensors", "--output", "data", "--overwrite")
+    assert code == 2
+    assert "gets its pictures" in err
+    assert path.read_bytes() == before
+
+
 def test_weights_are_asked_for(call, here):
     photo(here / "a.jpg")
     code, _, err = call("predict", "a.jpg")

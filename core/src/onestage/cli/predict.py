@@ -53,6 +53,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     if "video" in flags.save:
         raise UsageError("--save video is for a video or a camera", "leave it away; --save image draws on images")
     sources = _share(find_sources(flags.source), flags)
+    _check_apart(sources, flags.output)
     predictor = _predictor(method, flags)
     wanted = _labels(predictor.categories, flags.classes)
     if flags.dry_run:
@@ -120,7 +121,6 @@ def _run_video(method: Method, call: Call, word: str) -> dict[str, Any]:
     flags = call.flags
     if flags.shard != "0/1" or flags.skip_existing:
         raise UsageError("--shard and --skip-existing are for images", f"name '{word}' alone, or a folder of frames")
-    _check_stride(flags)
     save = flags.save if "save" in call.given else ("video", "json")
     source = open_source(word, package=method.name, max_pixels=flags.max_pixels)
     predictor = _predictor(method, flags)
@@ -263,13 +263,17 @@ def _share(sources: list[Source], flags: Any) -> list[Source]:
     index, _, count = flags.shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UsageError(f"--shard is '{flags.shard}'; expected I/N with I from 0 to N-1", "as in --shard 0/4")
-    _check_stride(flags)
     return sources[:: flags.stride][int(index) :: int(count)][: flags.limit]
 
 
-def _check_stride(flags: Any) -> None:
-    if flags.stride < 1:
-        raise UsageError(f"--stride is {flags.stride}", "give at least 1")
+def _check_apart(sources: Sequence[Source], output: Path | None) -> None:
+    """Refuses sources that lie where pictures are drawn to: the first run would replace them, and lose them."""
+    drawn = [] if output is None else [(output / name).resolve() for name in ("images", "masks")]
+    for source in sources:
+        if any(source.path.resolve().is_relative_to(folder) for folder in drawn):
+            raise UsageError(
+                f"source '{source.path}' lies where --output '{output}' gets its pictures", "name another --output"
+            )
 
 
 def _labels(categories: Sequence[tuple[int, str]], names: Sequence[str]) -> Tensor | None:

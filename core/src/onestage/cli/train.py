@@ -227,8 +227,6 @@ def _data(method: Method, call: Call, config: Any) -> tuple[Any, Any]:
     else:
         train_set = open_split(call, "train", config.schedule, method.polygons)
     if flags.overfit is not None:
-        if flags.overfit < 1:
-            raise UsageError(f"--overfit is {flags.overfit}", "give at least 1 image")
         train_set = train_set.subset(range(min(flags.overfit, len(train_set))))
         return train_set, train_set.own_videos() if video else train_set
     val_set: Any = open_videos(call, "val") if video else open_split(call, "val")
