@@ -24,7 +24,7 @@ from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, load_weights
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.train import Interrupted, TrainOptions, TrainResult, train
-from onestage.errors import DatasetError, MachineError, UsageError, some
+from onestage.errors import DatasetError, MachineError, some
 from onestage.method import Method
 from onestage.nn.imagenet import load_imagenet
 
