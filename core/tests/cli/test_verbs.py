@@ -142,6 +142,25 @@ def test_metrics_go_to_tensorboard_too_where_that_is_asked_for(call, shapes, mon
     assert err.endswith("pip install tensorboard, or leave --log away\n")
 
 
+def test_validation_data_may_have_other_ids_for_the_same_names(call, shapes):
+    usual = train(call, "--data", "shapes")
+    file = shapes / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for category in content["categories"]:
+        category["id"] = 10 - category["id"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 10 - annotation["category_id"]
+    file.write_text(json.dumps(content))
+    other = train(call, "--data", "shapes")
+    assert {name: other[name] for name in usual if "/" in name} == {n: v for n, v in usual.items() if "/" in n}
+    results = [json.loads((Path(run["run"]) / "results.json").read_text()) for run in (usual, other)]
+    assert results[0]
+    assert [10 - entry["category_id"] for entry in results[0]] == [entry["category_id"] for entry in results[1]]
+    content["categories"][0]["name"] = "bird"
+    file.write_text(json.dumps(content))
+    assert call("train --small --device cpu --epochs 1 --data shapes")[0] == 3
+
+
 def test_weights_of_other_categories_are_refused_unless_the_head_starts_anew(call, shapes):
     weights = train(call, "--data", "shapes", "--output", "first")["weights"]
     for split in ("train", "val"):

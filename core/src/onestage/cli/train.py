@@ -230,8 +230,9 @@ def _data(method: Method, call: Call, config: Any) -> tuple[Any, Any]:
         train_set = train_set.subset(range(min(flags.overfit, len(train_set))))
         return train_set, train_set.own_videos() if video else train_set
     val_set: Any = open_videos(call, "val") if video else open_split(call, "val")
+    # By name: evaluation finds the ids that the validation data have for them.
     names = [[name for _, name in dataset.categories] for dataset in (train_set, val_set)]
-    if names[0] != names[1]:
+    if sorted(names[0]) != sorted(names[1]):
         raise DatasetError(
             f"training data have the categories {some(names[0])}, validation data {some(names[1])}",
             "use the same list of categories in both files",

@@ -369,6 +369,7 @@ class _Run:
                 precision=self.options.precision,
                 workers=self.workers,
                 batch_size=self.options.eval_batch,
+                categories=self.info.categories or None,
                 progress=self.options.progress,
             )
             self.report(state.metrics)
