@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from onestage.config import config_from_dict
+from onestage.config import config_from_dict, require_known
 from onestage.engine.checkpoint import load_into, load_weights
 from onestage.errors import UsageError
 from onestage.method import Method
@@ -50,7 +49,8 @@ def build_model(
     """
     if weights is not None and weights_backbone is not None:
         raise UsageError("weights and weights_backbone are both given", "weights hold the trunk too: drop one")
-    _check_names(config, overrides)
+    names = [*(build_model.__kwdefaults__ or ()), *(entry.name for entry in fields(config))]
+    require_known(overrides, names, "unknown argument")
     state = info = None
     if weights is not None:
         state, info = load_weights(weights, package=method.name)
@@ -82,16 +82,3 @@ def named_model(method: Method, name: str, **arguments: Any) -> nn.Module:
     if name not in method.variants:
         raise UsageError(f"no model '{name}'", f"one of {', '.join(method.variants)}")
     return build_model(method, method.variants[name], **arguments)
-
-
-def _check_names(config: Any, overrides: dict[str, Any]) -> None:
-    """Raises UsageError unless every name is a field of the config."""
-    known = [entry.name for entry in fields(config)]
-    names = [*(build_model.__kwdefaults__ or ()), *known]
-    for name in overrides:
-        if name not in known:
-            near = get_close_matches(name, names, n=1)
-            raise UsageError(
-                f"unknown argument '{name}'" + (f"; nearest: '{near[0]}'" if near else ""),
-                f"use one of: {', '.join(names)}",
-            )

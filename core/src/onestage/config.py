@@ -6,7 +6,7 @@ A method's own config nests these: `backbone`, `input`, `schedule`. Variants are
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -169,14 +169,18 @@ def config_from_dict(config_type: type[Config], values: Mapping[str, Any], where
     """
     hints = get_type_hints(config_type)
     names = [f.name for f in fields(config_type)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in names:
-            near = get_close_matches(key, names, n=1)
-            raise UsageError(
-                f"{where}: unknown key {key!r}" + (f"; nearest: {near[0]!r}" if near else ""),
-                f"use one of: {', '.join(names)}",
-            )
+    require_known(values, names, f"{where}: unknown key")
     return config_type(**{key: _fit(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def require_known(given: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Raises UsageError unless every given name is one of `names`; `what` stands before the one that is not."""
+    for name in given:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            raise UsageError(
+                f"{what} {name!r}" + (f"; nearest: {near[0]!r}" if near else ""), f"use one of: {', '.join(names)}"
+            )
 
 
 def _fit(hint: Any, value: Any, where: str) -> Any:
