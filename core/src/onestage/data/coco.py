@@ -321,7 +321,7 @@ def read_image(path: Path, *, max_pixels: float = MAX_PIXELS, size: tuple[int, i
         upright = ImageOps.exif_transpose(image) if turn else image
         if size not in (None, (upright.height, upright.width)):  # a tag that turns by nothing
             raise _other_size(path, image, size)
-        return torch.from_numpy(_rgb(upright)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(rgb_of(upright)).permute(2, 0, 1).contiguous()
 
 
 def check_header(
@@ -430,7 +430,7 @@ def _layouts(data: Path, split: str) -> list[Split]:
     return found + [Split(file, data / "JPEGImages", "YouTube-VIS") for file in named or alone]
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def rgb_of(image: Image.Image) -> np.ndarray:
     """[H, W, 3] uint8."""
     if image.mode.startswith("I"):  # 16 bit grey, which Pillow would cut off at 255
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from onestage.config import config_from_dict
-from onestage.data.coco import _rgb, read_image
+from onestage.data.coco import read_image, rgb_of
 from onestage.data.validate import MAX_PIXELS
 from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.distributed import pick_device
@@ -378,7 +378,7 @@ def to_tensor(source: ImageLike, *, max_pixels: float = MAX_PIXELS) -> Tensor:
     if isinstance(source, (str, Path)):
         return read_image(Path(source), max_pixels=max_pixels)
     if isinstance(source, Image.Image):
-        source = _rgb(ImageOps.exif_transpose(source))
+        source = rgb_of(ImageOps.exif_transpose(source))
     if isinstance(source, np.ndarray):
         array = source[:, :, None].repeat(3, 2) if source.ndim == 2 else source
         if array.ndim != 3 or array.shape[2] not in (3, 4):
