@@ -6,9 +6,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onestage.masks import Masks
-from onestage.ops.assemble import assemble_masks, assemble_masks_torch, assemble_soft, assemble_soft_torch, crop_window
+from onestage.ops.assemble import (
+    assemble_masks,
+    assemble_masks_torch,
+    assemble_soft,
+    assemble_soft_torch,
+    crop_window,
+    crop_window_torch,
+)
 from onestage.ops.packed import num_words, pack_windows
-from onestage.ops.triton.assemble import assemble_masks_triton, assemble_soft_triton
+from onestage.ops.triton.assemble import assemble_masks_triton, assemble_soft_triton, crop_window_triton
 
 EDGE_BOXES = torch.tensor(
     [
@@ -50,6 +57,29 @@ def differing(device, basis, coefficients, windows, *, boxes=None, **how):
     different = words[:used].cpu() ^ pack_windows(expected.windows, expected.pixels)
     shifts = torch.arange(32, dtype=torch.int32)
     return int((different[:, None] >> shifts & 1).sum())
+
+
+@settings(derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    boxes=st.lists(st.lists(st.floats(-40, 90, width=32) | st.integers(-3, 30).map(float), min_size=4, max_size=4)),
+    rule=st.sampled_from(["half_open", "margin", "expand"]),
+    padding=st.sampled_from([0.0, 0.05, 0.1]),
+)
+def test_crop_windows_equal_the_twin(boxes, rule, padding, device):
+    boxes = torch.tensor([*boxes, *EDGE_BOXES.tolist()])
+    windows = crop_window_triton(boxes.to(device), (31, 47), rule, padding)
+    assert windows.tolist() == crop_window_torch(boxes, (31, 47), rule, padding).tolist()
+
+
+def test_crop_windows_of_any_number_and_stride(device, monkeypatch):
+    boxes = torch.rand(129, 8, generator=torch.Generator().manual_seed(0)).mul(40)[:, ::2]
+    expected = crop_window(boxes, (31, 47))
+    monkeypatch.setenv("ONESTAGE_KERNELS", "triton")
+    assert crop_window(boxes.to(device), (31, 47)).tolist() == expected.tolist()
+    assert crop_window(boxes[:0].to(device), (31, 47)).shape == (0, 4)
+    nowhere = crop_window(torch.full((1, 4), torch.nan, device=device), (31, 47))[0].tolist()
+    assert 0 <= nowhere[0] <= nowhere[2] <= 47
+    assert 0 <= nowhere[1] <= nowhere[3] <= 31
 
 
 @pytest.mark.parametrize(
@@ -206,6 +236,7 @@ def test_the_custom_ops_are_what_the_compiler_needs():
     how |= {"resized_size": None, "output_size": [20, 30], "align_corners": False}
     torch.library.opcheck(torch.ops.onestage.assemble_masks.default, inside, how)
     torch.library.opcheck(torch.ops.onestage.assemble_soft.default, inside, {"grid": [2, 2], "upsample": 2})
+    torch.library.opcheck(torch.ops.onestage.crop_window.default, (boxes, [6, 7], "expand", 0.1))
 
 
 class Assembled(torch.nn.Module):

@@ -14,7 +14,7 @@ from onestage.errors import MachineError
 from onestage.ops.triton.check import KernelCase, Resources, main
 
 KERNELS = Path(onestage.__file__).parent / "ops" / "triton"
-# What a kernel is compiled anew for: of a model, but for strides, and for a width that lets rows be written in vectors.
+# What a kernel is compiled anew for: of a model, but for strides.
 SPECIALISED = {
     "_dot_kernel": ["D", "stride_d", "stride_y"],
     "_deform_kernel": [
@@ -28,7 +28,6 @@ SPECIALISED = {
         "dilation_x",
     ],
     "_walk_kernel": ["columns", "most", "room"],
-    "_dense_kernel": ["width"],
     "_plan_kernel": ["side"],
     "_tile_kernel": ["side"],
 }

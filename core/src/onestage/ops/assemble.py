@@ -26,6 +26,9 @@ Size = tuple[int, int]
 CHUNK = 1 << 17  # values of an image window resized at a time; half a megabyte stays in the cache
 
 
+CROP_RULES = ("half_open", "margin", "expand")
+
+
 def crop_window(
     boxes: Tensor,
     extent: Size,
@@ -46,6 +49,30 @@ def crop_window(
     Returns:
         [N, 4] int64 x0, y0, x1, y1, half-open, inside the grid; empty windows have x0 == x1 or y0 == y1.
     """
+    if rule not in CROP_RULES:
+        raise ValueError(f"unknown crop rule '{rule}'")
+    # Operations on 4 N numbers cost their launches only: compilers fuse them, and a kernel is one launch.
+    if boxes.dtype == torch.float32 and not torch.compiler.is_compiling() and wants_triton(boxes):
+        return _crop_op(boxes, list(extent), rule, padding)
+    return crop_window_torch(boxes, extent, rule, padding)
+
+
+@torch.library.custom_op("onestage::crop_window", mutates_args=())
+def _crop_op(boxes: Tensor, extent: list[int], rule: str, padding: float) -> Tensor:
+    if wants_triton(boxes):
+        from onestage.ops.triton.assemble import crop_window_triton
+
+        return crop_window_triton(boxes, (extent[0], extent[1]), rule, padding)
+    return crop_window_torch(boxes, (extent[0], extent[1]), rule, padding)
+
+
+@_crop_op.register_fake
+def _(boxes: Tensor, extent: list[int], rule: str, padding: float) -> Tensor:
+    return boxes.new_empty(boxes.shape[0], 4, dtype=torch.int64)
+
+
+def crop_window_torch(boxes: Tensor, extent: Size, rule: str, padding: float) -> Tensor:
+    """Plain-torch twin of `crop_window`: defines the result, runs anywhere."""
     height, width = extent
     limit = torch.cat((boxes.new_full((1,), width), boxes.new_full((1,), height)))  # no copy from the host
     low, high = boxes[:, :2], boxes[:, 2:]
@@ -55,13 +82,11 @@ def crop_window(
         start, stop = low.ceil(), high.ceil()
     elif rule == "margin":
         start, stop = (low - 1).ceil(), (high + 1).ceil()
-    elif rule == "expand":
+    else:
         if padding > 0:
             pad = (padding * (high - low + 1)).clamp(min=1.0)
             low, high = low - pad, high + pad
         start, stop = low.trunc(), high.trunc()
-    else:
-        raise ValueError(f"unknown crop rule '{rule}'")
     start = torch.minimum(start.clamp(min=0.0), limit)
     stop = torch.maximum(torch.minimum(stop, limit), start)
     return torch.cat((start, stop), 1).long()

@@ -3,8 +3,8 @@
 The dot products are shared the other way round than the formula reads: a program holds a tile of the basis and goes
 through the detections that overlap it, so the basis is read once or a few times, not once a detection. Their results
 lie in a scratch of N basis grids, of which only windows are touched: it costs 4 N h w bytes (27 MB for 100 detections
-on a 200 x 336 basis). The tiles then gather from it. With `upsample` > 1 a tile first makes the assembly cells it reads
-in a private piece of memory, so that no cell's sigmoid is computed for each of the pixels that read it.
+on a 200 x 336 basis). The tiles then read it line by line. Two linear resizes in a row are one, of three cells an axis;
+where a sigmoid is between them, each column makes a line of assembly cells at a time, once for all rows that read it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,42 @@ from onestage.ops.triton.plan import (
     PLAN_BLOCK,
     TILE_COLUMNS,
     TILE_ROWS,
+    TILE_WARPS,
     no_ends,
     num_programs,
     on_its_gpu,
-    owner_of_tile,
-    padded_count,
     store_ends,
-    store_words,
-    tile_bound,
-    tile_ends_of,
+    tile_programs,
+    window_of_tile,
 )
 
 BASIS_ROWS, BASIS_COLUMNS = 8, 16  # basis cells of a program of the dot products
 LANES = 128  # sub-regions that it looks at together
 MAX_SPLITS = 8  # of the detections, where the basis has too few tiles for the GPU
-CELLS = 512  # assembly cells computed at a time
-TILE_WARPS = 8
+DOT_PROGRAMS_PER_SM = 4
+FUSE_CROP = False  # sides land on whole numbers, and round as the twin's
 FIXED_ROWS = 12  # of the plan, before those of the sub-regions; the order of `_plan_kernel`
 LENGTHS = ("y_cells", "y_valid", "y_output", "x_cells", "x_valid", "x_output")  # of the axes
-EXTENTS = ("scratch_height", "scratch_width", "private_size", "image_height", "image_width")  # of memory
+EXTENTS = ("scratch_height", "scratch_width", "image_height", "image_width")  # of memory
+
+
+@on_its_gpu
+def crop_window_triton(boxes: Tensor, extent: Size, rule: str, padding: float) -> Tensor:
+    """Kernel of `crop_window`, with its arguments and its result; boxes are float32."""
+    windows = torch.empty(len(boxes), 4, dtype=torch.int64, device=boxes.device)
+    if len(boxes) > 0:
+        _crop_kernel[(triton.cdiv(len(boxes), PLAN_BLOCK),)](
+            boxes.contiguous(),
+            windows,
+            padding,
+            len(boxes),
+            *extent,
+            rule != "half_open",
+            rule == "margin",
+            PLAN_BLOCK,
+            enable_fp_fusion=FUSE_CROP,
+        )
+    return windows
 
 
 @on_its_gpu
@@ -128,7 +145,7 @@ def _assemble(
         boxes = boxes.contiguous()
 
     valid = valid_size or (height * upsample, width * upsample)
-    tables, lengths, reach = [], [], []
+    tables, lengths = [], []
     for axis in (0, 1):
         tables.append(
             _axis_table(
@@ -142,7 +159,6 @@ def _assemble(
             )
         )
         lengths += [basis.shape[1 + axis] * upsample, valid[axis], min(resized_size[axis], output_size[axis])]
-        reach.append(_tile_reach(valid[axis], resized_size[axis], align_corners, (TILE_ROWS, TILE_COLUMNS)[axis]))
     prob = order == "prob"
     plan = torch.empty(FIXED_ROWS + 3 * (rows + columns), count, dtype=torch.int32, device=device)
     ends = torch.empty(2, count, dtype=torch.int64, device=device)
@@ -167,7 +183,9 @@ def _assemble(
     scratch = torch.empty(count, *scratch_size, dtype=torch.float32, device=device)
     num_tiles = triton.cdiv(height, BASIS_ROWS) * triton.cdiv(width, BASIS_COLUMNS)
     block = max(4, triton.next_power_of_2(depth)) if depth <= 32 else 16  # more do not fit into the registers
-    _dot_kernel[(num_tiles, max(1, min(MAX_SPLITS, count, num_programs(device, 1 << 20) // num_tiles)))](
+    _dot_kernel[
+        (num_tiles, max(1, min(MAX_SPLITS, count, num_programs(device, 1 << 20, DOT_PROGRAMS_PER_SM) // num_tiles)))
+    ](
         basis,
         coefficients.contiguous(),
         plan,
@@ -188,13 +206,8 @@ def _assemble(
         BASIS_ROWS,
         BASIS_COLUMNS,
     )
-    programs = num_programs(device, tile_bound(count, output_size))
-    private = None
-    if upsample > 1:
-        private = torch.empty(programs, reach[0] * reach[1], dtype=torch.float32, device=device)
-    _tile_kernel[(programs,)](
+    _tile_kernel[(tile_programs(device, count, output_size),)](
         scratch,
-        private,
         plan,
         ends,
         *tables,
@@ -205,15 +218,12 @@ def _assemble(
         count,
         *lengths,
         *scratch_size,
-        reach[0] * reach[1],
         *output_size,
         rows,
         columns,
         shift,
-        upsample > 1,
-        prob,
-        padded_count(count),
-        CELLS,
+        prob and upsample > 1,
+        2 if upsample == 1 else 3,
         TILE_ROWS,
         TILE_COLUMNS,
         num_warps=TILE_WARPS,
@@ -229,9 +239,9 @@ def _axis_table(
 
     Returns:
         int32, one after the other: of each assembly cell its two basis cells and the weight of the second (the bits of
-        a float32); of each output position its two assembly cells and the weight of the second; for each assembly cell
-        up to and with `valid` the first output position that reads it or a later one, and the first that reads only
-        those.
+        a float32); of each output position its two assembly cells and the weight of the second; of each output
+        position the first basis cell of both resizes and the weights of three; for each assembly cell up to and with
+        `valid` the first output position that reads it or a later one, and the first that reads only those.
     """
     up = resize_taps(source, source * upsample, False, device)
     out = resize_taps(valid, resized, align_corners, device).first(output)
@@ -239,16 +249,57 @@ def _axis_table(
     for taps in (up, out):
         low, high = taps.index.int().unbind(1)
         parts += [low, high, taps.weight[:, 1].contiguous().view(torch.int32)]
+    inside = out.index < len(up.index)  # what is valid may be more than there is
+    reads = out.index.where(inside, len(up.index) - 1)
+    cells = up.index[reads].flatten(1)  # four a position, of which three may differ
+    first = cells.amin(1, keepdim=True)
+    products = ((out.weight * inside).double()[:, :, None] * up.weight[reads].double()).flatten(1)
+    weights = products.new_zeros(len(cells), 3).scatter_add_(1, cells - first, products).float()
+    parts.append(torch.cat((first.int(), weights.view(torch.int32)), 1).flatten())
     low, high = out.index.T.contiguous()
     cell = torch.arange(valid + 1, device=device)
     parts += [torch.searchsorted(high, cell).int(), torch.searchsorted(low, cell).int()]
     return torch.cat(parts)
 
 
-def _tile_reach(valid: int, resized: int, align_corners: bool, tile: int) -> int:
-    """At most how many assembly cells `tile` neighbouring output positions read along an axis."""
-    step = (valid - 1) / max(1, resized - 1) if align_corners else valid / resized
-    return min(valid, math.ceil((tile - 1) * step) + 3)
+@triton.jit(do_not_specialize=["N", "height", "width"])
+def _crop_kernel(
+    boxes_ptr,
+    windows_ptr,
+    padding,
+    N,
+    height,
+    width,
+    SORTED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The windows of a block of boxes: half open, with a margin, or else expanded."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _crop_axis(boxes_ptr + n * 4, windows_ptr + n * 4, padding, n < N, width, SORTED, MARGIN)
+    _crop_axis(boxes_ptr + n * 4 + 1, windows_ptr + n * 4 + 1, padding, n < N, height, SORTED, MARGIN)
+
+
+@triton.jit
+def _crop_axis(box_ptr, window_ptr, padding, live, extent, SORTED: tl.constexpr, MARGIN: tl.constexpr):
+    low = tl.load(box_ptr, mask=live, other=0.0)
+    high = tl.load(box_ptr + 2, mask=live, other=0.0)
+    low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)  # NaN stays inside
+    if not SORTED:
+        start, stop = tl.ceil(low), tl.ceil(high)
+    else:
+        low, high = tl.minimum(low, high), tl.maximum(low, high)
+        if MARGIN:
+            start, stop = tl.ceil(low - 1.0), tl.ceil(high + 1.0)
+        else:
+            pad = tl.where(padding > 0, tl.maximum(padding * (high - low + 1.0), 1.0), 0.0)
+            # Towards zero; what is below it is cut off.
+            start, stop = tl.floor(tl.maximum(low - pad, 0.0)), tl.floor(tl.maximum(high + pad, 0.0))
+    limit = extent * 1.0
+    start = tl.minimum(tl.maximum(start, 0.0), limit)
+    stop = tl.maximum(tl.minimum(stop, limit), start)
+    tl.store(window_ptr, start.to(tl.int64), mask=live)
+    tl.store(window_ptr + 2, stop.to(tl.int64), mask=live)
 
 
 @triton.jit(do_not_specialize=["N", *LENGTHS])
@@ -349,7 +400,7 @@ def _plan_axis(
 ):
     """Writes one axis of the plan for windows `n`; their ends in the image."""
     out_ptr = table_ptr + 3 * cells
-    reach_ptr = out_ptr + 3 * output
+    reach_ptr = out_ptr + 7 * output
     start = tl.load(windows_ptr + n * 4, mask=live, other=0).to(tl.int32)
     stop = tl.load(windows_ptr + n * 4 + 2, mask=live, other=0).to(tl.int32)
     if PROB:
@@ -507,7 +558,6 @@ def _overlap(start_ptr, stop_ptr, live, first, LENGTH: tl.constexpr):
 @triton.jit(do_not_specialize=["N", *LENGTHS, *EXTENTS])
 def _tile_kernel(
     scratch_ptr,
-    private_ptr,
     plan_ptr,
     ends_ptr,
     y_table_ptr,
@@ -526,126 +576,116 @@ def _tile_kernel(
     x_output,
     scratch_height,
     scratch_width,
-    private_size,
     image_height,
     image_width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHIFT: tl.constexpr,
-    UPSAMPLED: tl.constexpr,
-    PROB: tl.constexpr,
-    LANES: tl.constexpr,
-    CELLS: tl.constexpr,
+    STAGED: tl.constexpr,
+    TAPS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """Tiles of the output, inside windows only: resize, then compare and pack, or store, or take maxima."""
-    tile_ends = tile_ends_of(ends_ptr, N, LANES)
+    """Tiles of the output, inside windows only: resize, then compare and pack, or store, or take maxima.
+
+    A line is what the columns of the tile take of a row of assembly cells (STAGED) or of basis cells.
+    """
     total = tl.load(ends_ptr + N - 1)
     tile = tl.program_id(0).to(tl.int64)
     while tile < total:
-        n, local = owner_of_tile(tile_ends, tile)
+        n, local = window_of_tile(ends_ptr, N, tile)
         image_y0 = tl.load(plan_ptr + n)
         image_y1 = tl.load(plan_ptr + N + n)
         image_x0 = tl.load(plan_ptr + 2 * N + n)
         image_x1 = tl.load(plan_ptr + 3 * N + n)
-        y0 = tl.load(plan_ptr + 4 * N + n)
-        y1 = tl.load(plan_ptr + 5 * N + n)
-        x0 = tl.load(plan_ptr + 6 * N + n)
-        x1 = tl.load(plan_ptr + 7 * N + n)
         words_per_column = tl.cdiv(image_y1 - image_y0, TILE_ROWS)
         word = local % words_per_column
         top = image_y0 + word * TILE_ROWS
-        left = image_x0 + local // words_per_column * TILE_COLUMNS
-        y = top + tl.arange(0, TILE_ROWS)
-        x = left + tl.arange(0, TILE_COLUMNS)
-        live_y = y < image_y1
-        live_x = x < image_x1
-        y_low, y_high, y_weight = _taps(y_table_ptr + 3 * y_cells, y, live_y, y_output)
-        x_low, x_high, x_weight = _taps(x_table_ptr + 3 * x_cells, x, live_x, x_output)
+        x = image_x0 + local // words_per_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        live = x < image_x1
         source_ptr = scratch_ptr + n.to(tl.int64) * scratch_height * scratch_width
         # Cells outside the window count as zero: they are not read.
-        reads_y_low = live_y & (y_low >= y0) & (y_low < y1)
-        reads_y_high = live_y & (y_high >= y0) & (y_high < y1)
-        reads_x_low = live_x & (x_low >= x0) & (x_low < x1)
-        reads_x_high = live_x & (x_high >= x0) & (x_high < x1)
-        line = scratch_width
-        if UPSAMPLED:
-            own_ptr = private_ptr + tl.program_id(0).to(tl.int64) * private_size
-            cell_y = tl.load(y_table_ptr + 3 * y_cells + top)
-            cell_x = tl.load(x_table_ptr + 3 * x_cells + left)
-            last_y = tl.load(y_table_ptr + 3 * y_cells + y_output + tl.minimum(top + TILE_ROWS, image_y1) - 1)
-            last_x = tl.load(x_table_ptr + 3 * x_cells + x_output + tl.minimum(left + TILE_COLUMNS, image_x1) - 1)
-            line = last_x - cell_x + 1
-            cells = (last_y - cell_y + 1) * line
-            first = 0
-            while first < cells:
-                cell = first + tl.arange(0, CELLS)
-                a = cell_y + cell // line
-                b = cell_x + cell % line
-                mine = (cell < cells) & (a >= y0) & (a < y1) & (b >= x0) & (b < x1)
-                a_low, a_high, a_weight = _taps(y_table_ptr, a, mine, y_cells)
-                b_low, b_high, b_weight = _taps(x_table_ptr, b, mine, x_cells)
-                for part in tl.static_range(ROWS - 1):
-                    beyond = (a >= tl.load(plan_ptr + (12 + 3 * part + 2) * N + n)).to(tl.int32) * SHIFT
-                    a_low += beyond
-                    a_high += beyond
-                for part in tl.static_range(COLUMNS - 1):
-                    beyond = (b >= tl.load(plan_ptr + (12 + 3 * ROWS + 3 * part + 2) * N + n)).to(tl.int32) * SHIFT
-                    b_low += beyond
-                    b_high += beyond
-                low = _between(source_ptr, a_low, a_high, a_weight, b_low, scratch_width, mine, mine)
-                high = _between(source_ptr, a_low, a_high, a_weight, b_high, scratch_width, mine, mine)
-                value = (1.0 - b_weight) * low + b_weight * high
-                if PROB:
-                    value = tl.sigmoid(value)
-                tl.store(own_ptr + cell, value, mask=mine)
-                first += CELLS
-            tl.debug_barrier()
-            source_ptr = own_ptr
-            y_low -= cell_y
-            y_high -= cell_y
-            x_low -= cell_x
-            x_high -= cell_x
-        low = _between(
-            source_ptr,
-            y_low[:, None],
-            y_high[:, None],
-            y_weight[:, None],
-            x_low[None, :],
-            line,
-            reads_y_low[:, None] & reads_x_low[None, :],
-            reads_y_high[:, None] & reads_x_low[None, :],
-        )
-        high = _between(
-            source_ptr,
-            y_low[:, None],
-            y_high[:, None],
-            y_weight[:, None],
-            x_high[None, :],
-            line,
-            reads_y_low[:, None] & reads_x_high[None, :],
-            reads_y_high[:, None] & reads_x_high[None, :],
-        )
-        value = (1.0 - x_weight)[None, :] * low + x_weight[None, :] * high
-        live = live_y[:, None] & live_x[None, :]
+        if STAGED:
+            y0 = tl.load(plan_ptr + 4 * N + n)
+            y1 = tl.load(plan_ptr + 5 * N + n)
+            x0 = tl.load(plan_ptr + 6 * N + n)
+            x1 = tl.load(plan_ptr + 7 * N + n)
+            y_taps_ptr = y_table_ptr + 3 * y_cells
+            low, high, weight = _taps(x_table_ptr + 3 * x_cells, x, live, x_output)
+            reads_low = live & (low >= x0) & (low < x1)
+            reads_high = live & (high >= x0) & (high < x1)
+            x_plan_ptr = plan_ptr + (12 + 3 * ROWS) * N + n
+            low_0, low_1, low_weight = _cell(x_table_ptr, x_plan_ptr, low, reads_low, x_cells, N, COLUMNS, SHIFT)
+            high_0, high_1, high_weight = _cell(x_table_ptr, x_plan_ptr, high, reads_high, x_cells, N, COLUMNS, SHIFT)
+            read = tl.load(y_taps_ptr + top) - 1  # the last line that was read
+        else:
+            y0 = tl.load(plan_ptr + 8 * N + n)
+            y1 = tl.load(plan_ptr + 9 * N + n)
+            x0 = tl.load(plan_ptr + 10 * N + n)
+            x1 = tl.load(plan_ptr + 11 * N + n)
+            y_taps_ptr = y_table_ptr + 3 * (y_cells + y_output)
+            x_taps_ptr = x_table_ptr + 3 * (x_cells + x_output) + 4 * x
+            column = tl.load(x_taps_ptr, mask=live, other=0)
+            reads_0, weight_0 = _tap(x_taps_ptr, column, 0, live, x0, x1)
+            reads_1, weight_1 = _tap(x_taps_ptr, column, 1, live, x0, x1)
+            reads_2, weight_2 = _tap(x_taps_ptr, column, 2, live, x0, x1)
+            read = tl.load(y_taps_ptr + 4 * top) - 1
+        line_0 = tl.zeros((TILE_COLUMNS,), tl.float32)
+        line_1 = tl.zeros((TILE_COLUMNS,), tl.float32)
+        line_2 = tl.zeros((TILE_COLUMNS,), tl.float32)
+        packed = tl.zeros((TILE_COLUMNS,), tl.int32)
+        largest = tl.full((TILE_COLUMNS,), float("-inf"), tl.float32)
+        y = top
+        while y < tl.minimum(top + TILE_ROWS, image_y1):
+            if STAGED:
+                first = tl.load(y_taps_ptr + y)
+                y_weight = tl.load(y_taps_ptr + 2 * y_output + y).to(tl.float32, bitcast=True)
+                while read <= first:
+                    read += 1
+                    line_0 = line_1
+                    cell = tl.minimum(read, y_valid - 1)
+                    inside = (cell >= y0) & (cell < y1)
+                    above, below, between = _cell(
+                        y_table_ptr, plan_ptr + 12 * N + n, cell, inside, y_cells, N, ROWS, SHIFT
+                    )
+                    above_ptr = source_ptr + above * scratch_width
+                    below_ptr = source_ptr + below * scratch_width
+                    at_low = _between(above_ptr, below_ptr, between, low_0, low_1, low_weight, reads_low & inside)
+                    at_high = _between(above_ptr, below_ptr, between, high_0, high_1, high_weight, reads_high & inside)
+                    line_1 = (1.0 - weight) * at_low + weight * at_high
+                value = (1.0 - y_weight) * line_0 + y_weight * line_1
+            else:
+                first = tl.load(y_taps_ptr + 4 * y)
+                of_0 = _weight(y_taps_ptr + 4 * y, 0)
+                of_1 = _weight(y_taps_ptr + 4 * y, TAPS - 2)
+                of_2 = _weight(y_taps_ptr + 4 * y, TAPS - 1)
+                while read < first + (TAPS - 1):
+                    read += 1
+                    inside = (read >= y0) & (read < y1)
+                    cells_ptr = source_ptr + read * scratch_width + column
+                    line_0 = line_1
+                    line_1 = line_2
+                    line_2 = weight_0 * tl.load(cells_ptr, mask=reads_0 & inside, other=0.0)
+                    line_2 += weight_1 * tl.load(cells_ptr + 1, mask=reads_1 & inside, other=0.0)
+                    if TAPS == 3:
+                        line_2 += weight_2 * tl.load(cells_ptr + 2, mask=reads_2 & inside, other=0.0)
+                value = of_1 * line_1 + of_2 * line_2
+                if TAPS == 3:
+                    value += of_0 * line_0
+            packed |= (value > threshold).to(tl.int32) << (y - top)
+            if column_maxima_ptr is not None:
+                value = tl.where(live, value, float("-inf"))
+                largest = tl.maximum(largest, value)
+                tl.atomic_max(row_maxima_ptr + n.to(tl.int64) * image_height + y, tl.max(value, 0), sem="relaxed")
+            if soft_ptr is not None:
+                tl.store(soft_ptr + (n.to(tl.int64) * image_height + y) * image_width + x, value, mask=live)
+            y += 1
         if column_maxima_ptr is not None:
-            held = tl.where(live, value, float("-inf"))
-            columns_ptr = column_maxima_ptr + n.to(tl.int64) * image_width
-            rows_ptr = row_maxima_ptr + n.to(tl.int64) * image_height
-            tl.atomic_max(columns_ptr + x, tl.max(held, 0), mask=live_x, sem="relaxed")
-            tl.atomic_max(rows_ptr + y, tl.max(held, 1), mask=live_y, sem="relaxed")
-        if soft_ptr is not None:
-            lines = n.to(tl.int64) * image_height + y
-            tl.store(soft_ptr + lines[:, None] * image_width + x[None, :], value, mask=live)
+            tl.atomic_max(column_maxima_ptr + n.to(tl.int64) * image_width + x, largest, mask=live, sem="relaxed")
         if words_ptr is not None:
-            words_end = tl.load(ends_ptr + N + n)
-            words_start = words_end - (image_x1 - image_x0).to(tl.int64) * words_per_column
-            store_words(
-                words_ptr + words_start, (value > threshold) & live, x - image_x0, live_x, words_per_column, word
-            )
-        if UPSAMPLED:
-            tl.debug_barrier()  # the next tile writes where this one reads
+            words_start = tl.load(ends_ptr + N + n) - (image_x1 - image_x0).to(tl.int64) * words_per_column
+            place = words_start + (x - image_x0).to(tl.int64) * words_per_column + word
+            tl.store(words_ptr + place, packed, mask=live)
         tile += tl.num_programs(0)
 
 
@@ -659,18 +699,46 @@ def _taps(table_ptr, position, live, length):
 
 
 @triton.jit
-def _between(source_ptr, y_low, y_high, y_weight, x, line, reads_low, reads_high):
-    """Values between two rows."""
-    low = tl.load(source_ptr + (y_low * line + x), mask=reads_low, other=0.0)
-    high = tl.load(source_ptr + (y_high * line + x), mask=reads_high, other=0.0)
-    return (1.0 - y_weight) * low + y_weight * high
+def _cell(table_ptr, region_ptr, cell, live, cells, N, PARTS: tl.constexpr, SHIFT: tl.constexpr):
+    """Where the scratch has the two basis cells that assembly cells of an axis read, and the weight of the second."""
+    low, high, weight = _taps(table_ptr, cell, live, cells)
+    for part in tl.static_range(PARTS - 1):
+        beyond = (cell >= tl.load(region_ptr + (3 * part + 2) * N)).to(tl.int32) * SHIFT
+        low += beyond
+        high += beyond
+    return low, high, weight
+
+
+@triton.jit
+def _between(above_ptr, below_ptr, y_weight, low, high, x_weight, live):
+    """Probabilities between two lines of the scratch; zeros where `live` is not."""
+    at_low = (1.0 - y_weight) * tl.load(above_ptr + low, mask=live, other=0.0)
+    at_low += y_weight * tl.load(below_ptr + low, mask=live, other=0.0)
+    at_high = (1.0 - y_weight) * tl.load(above_ptr + high, mask=live, other=0.0)
+    at_high += y_weight * tl.load(below_ptr + high, mask=live, other=0.0)
+    return tl.where(live, tl.sigmoid((1.0 - x_weight) * at_low + x_weight * at_high), 0.0)
+
+
+@triton.jit
+def _tap(taps_ptr, column, STEP: tl.constexpr, live, x0, x1):
+    """Whether columns read the cell `STEP` behind their first, and its weight."""
+    reads = live & (column + STEP >= x0) & (column + STEP < x1)
+    return reads, tl.load(taps_ptr + 1 + STEP, mask=reads, other=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(taps_ptr, STEP: tl.constexpr):
+    """The weight of the cell `STEP` behind the first."""
+    return tl.load(taps_ptr + 1 + STEP).to(tl.float32, bitcast=True)
 
 
 def compile_cases() -> list[KernelCase]:
     """What the compile check compiles: the orders, inputs and outputs that the methods use."""
     lengths = dict.fromkeys(LENGTHS, "i32")
     tiles = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
-    cases = []
+    crop: dict[str, Any] = {"boxes_ptr": "*fp32", "windows_ptr": "*i64", "padding": "fp32"}
+    crop |= dict.fromkeys(("N", "height", "width"), "i32") | {"SORTED": True, "MARGIN": False, "BLOCK": PLAN_BLOCK}
+    cases = [KernelCase("expand", _crop_kernel, crop, fp_fusion=FUSE_CROP)]
     for name, parts, prob in (("prob", 1, True), ("prob, sub-regions", 2, True), ("logits", 1, False)):
         plan: dict[str, Any] = {
             "windows_ptr": "*i64",
@@ -714,19 +782,17 @@ def compile_cases() -> list[KernelCase]:
             "TILE_COLUMNS": BASIS_COLUMNS,
         }
         cases.append(KernelCase(name, _dot_kernel, dot))
-    for name, output, parts, shift, prob, lanes in (
-        ("prob", "words", 1, 0, True, 128),
-        ("prob, 1024 windows", "words", 1, 0, True, 1024),
-        ("prob, upsampled", "words", 1, 2, True, 128),
-        ("prob, sub-regions", "words", 2, 2, True, 128),
-        ("prob, soft", "soft", 2, 2, True, 128),
-        ("logits", "words", 1, 0, False, 128),
-        ("logits, upsampled", "words", 1, 2, False, 128),
-        ("logits, bits and maxima", "maxima", 1, 2, False, 128),
+    for name, output, parts, upsampled, prob in (
+        ("prob", "words", 1, False, True),
+        ("prob, upsampled", "words", 1, True, True),
+        ("prob, sub-regions", "words", 2, True, True),
+        ("prob, soft", "soft", 2, True, True),
+        ("logits", "words", 1, False, False),
+        ("logits, upsampled", "words", 1, True, False),
+        ("logits, bits and maxima", "maxima", 1, True, False),
     ):
         tile: dict[str, Any] = {
             "scratch_ptr": "*fp32",
-            "private_ptr": "*fp32" if shift else None,
             "plan_ptr": "*i32",
             "ends_ptr": "*i64",
             "y_table_ptr": "*i32",
@@ -741,11 +807,9 @@ def compile_cases() -> list[KernelCase]:
             **dict.fromkeys(EXTENTS, "i32"),
             "ROWS": parts,
             "COLUMNS": parts,
-            "SHIFT": shift,
-            "UPSAMPLED": shift > 0,
-            "PROB": prob,
-            "LANES": lanes,
-            "CELLS": CELLS,
+            "SHIFT": 2 if upsampled else 0,
+            "STAGED": upsampled and prob,
+            "TAPS": 3 if upsampled else 2,
             **tiles,
         }
         cases.append(KernelCase(name, _tile_kernel, tile, TILE_WARPS))

@@ -1,4 +1,4 @@
-"""Kernel that writes packed window masks out at image size: every byte of the result once, zeros included."""
+"""Kernel that writes packed window masks out at image size: zeros at the rate of memory, then the windows' pixels."""
 
 from __future__ import annotations
 
@@ -10,55 +10,64 @@ import triton.language as tl
 from torch import Tensor
 
 from onestage.ops.triton.check import KernelCase
-from onestage.ops.triton.plan import on_its_gpu, plan_windows
-
-ROWS, COLUMNS = 32, 128  # pixels of a program
-NUM_WARPS = 8
+from onestage.ops.triton.plan import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WARPS,
+    on_its_gpu,
+    plan_windows,
+    tile_programs,
+    window_of_tile,
+)
 
 
 @on_its_gpu
 def dense_masks_triton(windows: Tensor, words: Tensor, size: tuple[int, int]) -> Tensor:
     """Kernel of `dense_masks`, with its arguments and its result."""
-    dense = torch.empty(len(windows), *size, dtype=torch.bool, device=words.device)
+    dense = torch.zeros(len(windows), *size, dtype=torch.bool, device=words.device)
     if dense.numel() > 0:
-        grid = (triton.cdiv(size[1], COLUMNS), triton.cdiv(size[0], ROWS), len(windows))
-        ends = plan_windows(windows)
-        _dense_kernel[grid](
+        _dense_kernel[(tile_programs(words.device, len(windows), size),)](
             windows.contiguous(),
             words.contiguous(),
-            ends,
+            plan_windows(windows),
             dense,
             len(windows),
             *size,
-            ROWS,
-            COLUMNS,
-            num_warps=NUM_WARPS,
+            TILE_ROWS,
+            TILE_COLUMNS,
+            num_warps=TILE_WARPS,
         )
     return dense
 
 
-# The width stays: where it is a multiple of 16 rows are written in vectors.
-@triton.jit(do_not_specialize=["N", "height"])
+@triton.jit(do_not_specialize=["N", "height", "width"])
 def _dense_kernel(
-    windows_ptr, words_ptr, ends_ptr, dense_ptr, N, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    windows_ptr, words_ptr, ends_ptr, dense_ptr, N, height, width, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
 ):
-    """A piece of ROWS x COLUMNS pixels of one mask."""
-    n = tl.program_id(2)
-    x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
-    y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
-    x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
-    y1 = tl.load(windows_ptr + n * 4 + 3).to(tl.int32)
-    words_per_column = tl.cdiv(y1 - y0, 32)
-    words_start = tl.load(ends_ptr + N + n) - (x1 - x0).to(tl.int64) * words_per_column
-    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :]
-    place = (x - x0)[None, :] * words_per_column + ((y - y0) // 32)[:, None]
-    word = tl.load(words_ptr + words_start + place, mask=inside, other=0)
-    bit = (word >> ((y - y0) & 31)[:, None]) & 1  # `%` is negative above the window
-    lines = n.to(tl.int64) * height + y
-    live = (y < height)[:, None] & (x < width)[None, :]
-    tl.store(dense_ptr + lines[:, None] * width + x[None, :], bit != 0, mask=live)
+    """Tiles of the windows: a word of each column, row by row."""
+    total = tl.load(ends_ptr + N - 1)
+    tile = tl.program_id(0).to(tl.int64)
+    while tile < total:
+        n, local = window_of_tile(ends_ptr, N, tile)
+        x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
+        y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
+        x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
+        y1 = tl.load(windows_ptr + n * 4 + 3).to(tl.int32)
+        words_per_column = tl.cdiv(y1 - y0, TILE_ROWS)
+        word = local % words_per_column
+        column = local // words_per_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        live = column < x1 - x0
+        words_start = tl.load(ends_ptr + N + n) - (x1 - x0).to(tl.int64) * words_per_column
+        packed = tl.load(words_ptr + words_start + column.to(tl.int64) * words_per_column + word, mask=live, other=0)
+        y = y0 + word * TILE_ROWS
+        pixels_ptr = dense_ptr + (n.to(tl.int64) * height + y) * width + x0 + column
+        end = tl.minimum(y + TILE_ROWS, y1)
+        while y < end:
+            tl.store(pixels_ptr, (packed & 1) != 0, mask=live)
+            pixels_ptr += width
+            packed = packed >> 1
+            y += 1
+        tile += tl.num_programs(0)
 
 
 def compile_cases() -> list[KernelCase]:
@@ -71,7 +80,7 @@ def compile_cases() -> list[KernelCase]:
         "N": "i32",
         "height": "i32",
         "width": "i32",
-        "ROWS": ROWS,
-        "COLUMNS": COLUMNS,
+        "TILE_ROWS": TILE_ROWS,
+        "TILE_COLUMNS": TILE_COLUMNS,
     }
-    return [KernelCase("dense", _dense_kernel, arguments, NUM_WARPS)]
+    return [KernelCase("dense", _dense_kernel, arguments, TILE_WARPS)]

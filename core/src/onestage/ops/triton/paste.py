@@ -1,7 +1,7 @@
 """Kernels that paste square maps into boxes: windows from boxes, then tiles of the output. Two launches.
 
-A pixel between four cells of its map reads those four, from a map small enough to stay in the first cache; cells
-beyond the map are zeros and are not read.
+A pixel lies between four cells of its map; those beyond the map are zeros and are not read. What a column takes of a
+line of the map is computed once for all rows between that line and the next.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ from onestage.ops.triton.plan import (
     PLAN_BLOCK,
     TILE_COLUMNS,
     TILE_ROWS,
+    TILE_WARPS,
     no_ends,
-    num_programs,
     on_its_gpu,
-    owner_of_tile,
-    padded_count,
     store_ends,
-    store_words,
-    tile_bound,
-    tile_ends_of,
+    tile_programs,
+    window_of_tile,
 )
-
-TILE_WARPS = 8
 
 
 @on_its_gpu
@@ -70,7 +65,7 @@ def _paste(
     boxes, probabilities = boxes.contiguous(), probabilities.contiguous()
     ends = torch.empty(2, count, dtype=torch.int64, device=boxes.device)
     _plan_kernel[(1,)](boxes, windows, ends, count, *size, side, PLAN_BLOCK, TILE_ROWS, TILE_COLUMNS)
-    _tile_kernel[(num_programs(boxes.device, tile_bound(count, size)),)](
+    _tile_kernel[(tile_programs(boxes.device, count, size),)](
         probabilities,
         boxes,
         windows,
@@ -81,7 +76,6 @@ def _paste(
         count,
         *size,
         side,
-        padded_count(count),
         TILE_ROWS,
         TILE_COLUMNS,
         num_warps=TILE_WARPS,
@@ -147,38 +141,50 @@ def _tile_kernel(
     image_height,
     image_width,
     side,
-    LANES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
     """Tiles of the output, inside windows only: interpolate, then compare and pack, or store."""
-    tile_ends = tile_ends_of(ends_ptr, N, LANES)
     total = tl.load(ends_ptr + N - 1)
     tile = tl.program_id(0).to(tl.int64)
     while tile < total:
-        n, local = owner_of_tile(tile_ends, tile)
+        n, local = window_of_tile(ends_ptr, N, tile)
         x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
         y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
         x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
         y1 = tl.load(windows_ptr + n * 4 + 3).to(tl.int32)
         words_per_column = tl.cdiv(y1 - y0, TILE_ROWS)
         word = local % words_per_column
-        y = y0 + word * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        top = y0 + word * TILE_ROWS
         x = x0 + local // words_per_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        row, upper, lower = _hat(boxes_ptr + n * 4 + 1, y, side)
+        live = x < x1
         column, left, right = _hat(boxes_ptr + n * 4, x, side)
-        live = (y < y1)[:, None] & (x < x1)[None, :]
+        row_of_tile = tl.arange(0, TILE_ROWS)
+        rows, uppers, lowers = _hat(boxes_ptr + n * 4 + 1, top + row_of_tile, side)
         map_ptr = maps_ptr + n * side * side
-        above = _along_row(map_ptr, row[:, None], column[None, :], left[None, :], right[None, :], live, side)
-        below = _along_row(map_ptr, row[:, None] + 1, column[None, :], left[None, :], right[None, :], live, side)
-        value = above * upper[:, None] + below * lower[:, None]
-        if soft_ptr is not None:
-            lines = n.to(tl.int64) * image_height + y
-            tl.store(soft_ptr + lines[:, None] * image_width + x[None, :], value, mask=live)
+        read = tl.min(rows, 0) - 1  # the last line of the map that was read
+        above = tl.zeros((TILE_COLUMNS,), tl.float32)
+        below = tl.zeros((TILE_COLUMNS,), tl.float32)
+        packed = tl.zeros((TILE_COLUMNS,), tl.int32)
+        y = top
+        while y < tl.minimum(top + TILE_ROWS, y1):
+            here = row_of_tile == y - top
+            row = tl.sum(tl.where(here, rows, 0), 0)
+            upper = _picked(uppers, here)
+            lower = _picked(lowers, here)
+            while read <= row:
+                read += 1
+                above = below
+                below = _along_row(map_ptr, read, column, left, right, live, side)
+            value = above * upper + below * lower
+            packed |= (value >= threshold).to(tl.int32) << (y - top)
+            if soft_ptr is not None:
+                line = n.to(tl.int64) * image_height + y
+                tl.store(soft_ptr + line * image_width + x, value, mask=live)
+            y += 1
         if words_ptr is not None:
             words_start = tl.load(ends_ptr + N + n) - (x1 - x0).to(tl.int64) * words_per_column
-            bits = (value >= threshold) & live
-            store_words(words_ptr + words_start, bits, x - x0, x < x1, words_per_column, word)
+            tl.store(words_ptr + words_start + (x - x0).to(tl.int64) * words_per_column + word, packed, mask=live)
         tile += tl.num_programs(0)
 
 
@@ -195,8 +201,14 @@ def _hat(box_ptr, position, side):
 
 
 @triton.jit
+def _picked(values, here):
+    """The one of the floats where `here` is."""
+    return tl.sum(tl.where(here, values.to(tl.int32, bitcast=True), 0), 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _along_row(map_ptr, row, column, left, right, live, side):
-    """Values between two cells of a row of the map; zeros beyond it."""
+    """What columns take of a row of the map; zeros beyond it."""
     inside = live & (row >= 0) & (row < side)
     cell_ptr = map_ptr + row * side + column
     first = tl.load(cell_ptr, mask=inside & (column >= 0) & (column < side), other=0.0).to(tl.float32)
@@ -211,13 +223,12 @@ def compile_cases() -> list[KernelCase]:
     tiles = {"BLOCK": PLAN_BLOCK, "TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
     given: dict[str, Any] = {**pointers, **sizes, **tiles}
     cases = [KernelCase("paste", _plan_kernel, {name: given[name] for name in _plan_kernel.arg_names})]
-    for name, dtype, output, lanes in (
-        ("bits", "*fp32", "words_ptr", 128),
-        ("bits, 1024 maps", "*fp32", "words_ptr", 1024),
-        ("bits, bf16", "*bf16", "words_ptr", 128),
-        ("soft", "*fp32", "soft_ptr", 128),
+    for name, dtype, output in (
+        ("bits", "*fp32", "words_ptr"),
+        ("bits, bf16", "*bf16", "words_ptr"),
+        ("soft", "*fp32", "soft_ptr"),
     ):
-        given |= {"maps_ptr": dtype, "words_ptr": None, "soft_ptr": None, "LANES": lanes}
+        given |= {"maps_ptr": dtype, "words_ptr": None, "soft_ptr": None}
         given[output] = "*i32" if output == "words_ptr" else "*fp32"
         arguments = {argument: given[argument] for argument in _tile_kernel.arg_names}
         cases.append(KernelCase(name, _tile_kernel, arguments, TILE_WARPS))

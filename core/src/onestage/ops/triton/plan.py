@@ -1,9 +1,13 @@
 """Which tiles and which packed words belong to which window: the plan that every ragged kernel starts from.
 
 The sizes of N windows are known on the device only. So a kernel is launched with a fixed number of programs, and each
-walks over the tiles of all windows: tile t belongs to the first window whose `tile_ends` lies beyond t. Outputs have
-the size of the worst case, every window as large as the image, and only what belongs to a window is written: packed
-words cost an eighth of a byte for each pixel of N images (13 MB for 100 masks of 800 x 1333), whatever the windows are.
+walks over the tiles of all windows: tile t belongs to the first window whose tiles end beyond t. Outputs have the size
+of the worst case, every window as large as the image, and only what belongs to a window is written: packed words cost
+an eighth of a byte for each pixel of N images (13 MB for 100 masks of 800 x 1333), whatever the windows are.
+
+A program of tiles is one warp. Each of its lanes has a column of the tile and goes down its 32 rows: what a column
+reads is found once, lines of the source that several rows read are read once, a word is packed in one register, and
+no lane waits for another.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from onestage.ops.dispatch import is_interpreted
 from onestage.ops.triton.check import KernelCase
 
 TILE_ROWS = 32  # a packed word holds 32 pixels of a column
-TILE_COLUMNS = 64
+TILE_COLUMNS = 32  # a lane each
+TILE_WARPS = 1
+TILE_PROGRAMS_PER_SM = 32  # as many as fit
 PLAN_BLOCK = 128  # windows that the planning program takes at a time
-PROGRAMS_PER_SM = 4
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
@@ -55,21 +60,17 @@ def plan_windows(windows: Tensor) -> Tensor:
     return ends
 
 
-def num_programs(device: torch.device, bound: int) -> int:
-    """How many persistent programs to launch for at most `bound` tiles."""
+def num_programs(device: torch.device, bound: int, per_sm: int) -> int:
+    """How many persistent programs to launch for at most `bound` pieces of work, so many a multiprocessor."""
     if is_interpreted():
         return min(bound, 3)  # few: a program is slow, and loops that go round are what tests are for
-    return min(bound, PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(bound, per_sm * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def tile_bound(count: int, size: tuple[int, int]) -> int:
-    """Tiles of `count` windows as large as the image."""
-    return count * triton.cdiv(size[0], TILE_ROWS) * triton.cdiv(size[1], TILE_COLUMNS)
-
-
-def padded_count(count: int) -> int:
-    """Lanes that look up the owner of a tile: a power of two, so that few sizes are compiled."""
-    return max(128, triton.next_power_of_2(count))
+def tile_programs(device: torch.device, count: int, size: tuple[int, int]) -> int:
+    """How many programs go through the tiles of at most `count` windows as large as the image."""
+    tiles = count * triton.cdiv(size[0], TILE_ROWS) * triton.cdiv(size[1], TILE_COLUMNS)
+    return num_programs(device, tiles, TILE_PROGRAMS_PER_SM)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -109,33 +110,17 @@ def store_ends(
 
 
 @triton.jit
-def tile_ends_of(ends_ptr, N, LANES: tl.constexpr):
-    """[LANES] int64 ends of the windows' tiles; the largest value beyond the last window."""
-    lane = tl.arange(0, LANES)
-    return tl.load(ends_ptr + lane, mask=lane < N, other=9223372036854775807)
-
-
-@triton.jit
-def owner_of_tile(tile_ends, tile):
+def window_of_tile(ends_ptr, N, tile):
     """The window that `tile` belongs to, and the number of the tile in it."""
-    before = tile_ends <= tile
-    n = tl.sum(before.to(tl.int32), 0)
-    return n, (tile - tl.max(tl.where(before, tile_ends, 0), 0)).to(tl.int32)
-
-
-@triton.jit
-def store_words(words_ptr, bits, column, live, words_per_column, word):
-    """Packs the rows of a tile of bits and stores them as word `word` of each column.
-
-    Args:
-        words_ptr: First word of the window.
-        bits: [32, columns] bool.
-        column: [columns], counted from the window's first.
-        live: [columns] bool, which columns the window has.
-    """
-    row = tl.arange(0, 32)
-    packed = tl.sum(bits.to(tl.int32) << row[:, None], 0)
-    tl.store(words_ptr + column.to(tl.int64) * words_per_column + word, packed, mask=live)
+    n = 0
+    last = N - 1
+    while n < last:  # the first window whose tiles end beyond this one
+        middle = (n + last) // 2
+        beyond = tl.load(ends_ptr + middle) > tile
+        last = tl.where(beyond, middle, last)
+        n = tl.where(beyond, n, middle + 1)
+    before = tl.load(ends_ptr + n - 1, mask=n > 0, other=0)
+    return n, (tile - before).to(tl.int32)
 
 
 def compile_cases() -> list[KernelCase]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from onestage.ops.packed import word_capacity
 from onestage.ops.triton.check import KernelCase
-from onestage.ops.triton.plan import num_programs, on_its_gpu, owner_of_tile, padded_count
+from onestage.ops.triton.plan import num_programs, on_its_gpu
 
 BLOCK = 1024  # words of one mask that are looked at together
 SUM_BLOCK = 1024
+PROGRAMS_PER_SM = 4
 
 
 @on_its_gpu
@@ -32,7 +33,8 @@ def mask_changes_triton(windows: Tensor, words: Tensor, size: tuple[int, int], c
     windows, words = windows.contiguous(), words.contiguous()
     bound = count * triton.cdiv(word_capacity(1, size), BLOCK)
     sums = torch.empty(bound, dtype=torch.int64, device=device)
-    programs, lanes = num_programs(device, bound), padded_count(count)
+    programs = num_programs(device, bound, PROGRAMS_PER_SM)
+    lanes = max(128, triton.next_power_of_2(count))  # few sizes are compiled
     _count_kernel[(programs,)](windows, words, sums, count, size[0], lanes, BLOCK)
     _sum_kernel[(1,)](windows, sums, ends, count, lanes, BLOCK, SUM_BLOCK)
     _write_kernel[(programs,)](windows, words, sums, changes, count, size[0], capacity, lanes, BLOCK)
@@ -112,8 +114,10 @@ def _changes(windows_ptr, words_ptr, block_ends, word_ends, block, height, BLOCK
         [BLOCK] each: uint32, the rows that differ from the pixel before them; int32, 1 where the mask ends with the
         word's last row; int32, position of its first row; int32, how many rows it has.
     """
-    n, local = owner_of_tile(block_ends, block)
-    first_word = tl.max(tl.where(block_ends <= block, word_ends, 0), 0)
+    before = block_ends <= block
+    n = tl.sum(before.to(tl.int32), 0)
+    local = (block - tl.max(tl.where(before, block_ends, 0), 0)).to(tl.int32)
+    first_word = tl.max(tl.where(before, word_ends, 0), 0)
     x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
     y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
     x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
