@@ -618,6 +618,11 @@ def _tile_kernel(
             low_0, low_1, low_weight = _cell(x_table_ptr, x_plan_ptr, low, reads_low, x_cells, N, COLUMNS, SHIFT)
             high_0, high_1, high_weight = _cell(x_table_ptr, x_plan_ptr, high, reads_high, x_cells, N, COLUMNS, SHIFT)
             read = tl.load(y_taps_ptr + top) - 1  # the last line that was read
+            held = -1  # which two lines of the scratch these four are of
+            low_above = tl.zeros((TILE_COLUMNS,), tl.float32)
+            low_below = tl.zeros((TILE_COLUMNS,), tl.float32)
+            high_above = tl.zeros((TILE_COLUMNS,), tl.float32)
+            high_below = tl.zeros((TILE_COLUMNS,), tl.float32)
         else:
             y0 = tl.load(plan_ptr + 8 * N + n)
             y1 = tl.load(plan_ptr + 9 * N + n)
@@ -643,16 +648,24 @@ def _tile_kernel(
                 while read <= first:
                     read += 1
                     line_0 = line_1
+                    line_1 = tl.zeros((TILE_COLUMNS,), tl.float32)
                     cell = tl.minimum(read, y_valid - 1)
-                    inside = (cell >= y0) & (cell < y1)
-                    above, below, between = _cell(
-                        y_table_ptr, plan_ptr + 12 * N + n, cell, inside, y_cells, N, ROWS, SHIFT
-                    )
-                    above_ptr = source_ptr + above * scratch_width
-                    below_ptr = source_ptr + below * scratch_width
-                    at_low = _between(above_ptr, below_ptr, between, low_0, low_1, low_weight, reads_low & inside)
-                    at_high = _between(above_ptr, below_ptr, between, high_0, high_1, high_weight, reads_high & inside)
-                    line_1 = (1.0 - weight) * at_low + weight * at_high
+                    if (cell >= y0) & (cell < y1):
+                        above, below, between = _cell(
+                            y_table_ptr, plan_ptr + 12 * N + n, cell, True, y_cells, N, ROWS, SHIFT
+                        )
+                        if above + below != held:
+                            held = above + below
+                            above_ptr = source_ptr + above * scratch_width
+                            below_ptr = source_ptr + below * scratch_width
+                            low_above = _between(above_ptr, low_0, low_1, low_weight, reads_low)
+                            low_below = _between(below_ptr, low_0, low_1, low_weight, reads_low)
+                            high_above = _between(above_ptr, high_0, high_1, high_weight, reads_high)
+                            high_below = _between(below_ptr, high_0, high_1, high_weight, reads_high)
+                        at_low = tl.sigmoid((1.0 - between) * low_above + between * low_below)
+                        at_high = tl.sigmoid((1.0 - between) * high_above + between * high_below)
+                        line_1 = (1.0 - weight) * tl.where(reads_low, at_low, 0.0)
+                        line_1 += weight * tl.where(reads_high, at_high, 0.0)
                 value = (1.0 - y_weight) * line_0 + y_weight * line_1
             else:
                 first = tl.load(y_taps_ptr + 4 * y)
@@ -710,13 +723,10 @@ def _cell(table_ptr, region_ptr, cell, live, cells, N, PARTS: tl.constexpr, SHIF
 
 
 @triton.jit
-def _between(above_ptr, below_ptr, y_weight, low, high, x_weight, live):
-    """Probabilities between two lines of the scratch; zeros where `live` is not."""
-    at_low = (1.0 - y_weight) * tl.load(above_ptr + low, mask=live, other=0.0)
-    at_low += y_weight * tl.load(below_ptr + low, mask=live, other=0.0)
-    at_high = (1.0 - y_weight) * tl.load(above_ptr + high, mask=live, other=0.0)
-    at_high += y_weight * tl.load(below_ptr + high, mask=live, other=0.0)
-    return tl.where(live, tl.sigmoid((1.0 - x_weight) * at_low + x_weight * at_high), 0.0)
+def _between(line_ptr, low, high, weight, live):
+    """Values between two cells of a line of the scratch."""
+    at_low = tl.load(line_ptr + low, mask=live, other=0.0)
+    return (1.0 - weight) * at_low + weight * tl.load(line_ptr + high, mask=live, other=0.0)
 
 
 @triton.jit
