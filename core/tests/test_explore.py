@@ -81,6 +81,15 @@ def test_boxes_alone_are_matched_by_boxes(shapes, tmp_path, capsys):
     assert "boxes are matched" in capsys.readouterr().err
 
 
+def test_a_mask_without_a_sound_box_has_the_box_around_it(shapes, tmp_path):
+    results = flawed(shapes)
+    assert main([str(shapes), "--results", str(written(tmp_path, results)), "--output", "whole"]) == 0
+    results[0]["bbox"] = []
+    assert main([str(shapes), "--results", str(written(tmp_path, results)), "--output", "part"]) == 0
+    whole, part = (json.loads(Path(output, "explore.json").read_text()) for output in ("whole", "part"))
+    assert whole["counts"] == part["counts"]
+
+
 def test_limit_looks_at_the_first_images_and_keeps_positions_in_the_file(shapes, tmp_path):
     results = [entry | {"category_id": entry["category_id"] % 3 + 1} for entry in flawed(shapes)[::-1]]
     assert main([str(shapes), "--results", str(written(tmp_path, results)), "--output", "out", "--limit", "1"]) == 0

@@ -260,7 +260,7 @@ def rle_counts(rle: dict[str, Any], size: tuple[int, int], name: str) -> np.ndar
     """
     height, width = size
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
-        raise DatasetError(f"{name} is not a COCO RLE with 'size' and 'counts'", "write masks as COCO RLE or polygons")
+        raise DatasetError(f"{name} is not a COCO RLE with 'size' and 'counts'", "write masks as COCO RLE")
     if not isinstance(rle["size"], (list, tuple)) or list(rle["size"]) != [height, width]:
         raise DatasetError(
             f"{name} has RLE size {str(rle['size'])[:60]}, the image has [{height}, {width}]",

@@ -243,6 +243,7 @@ def test_fewer_detections_per_image_can_count():
 
 
 RLE = {"size": [20, 20], "counts": [400]}
+SQUARE = {"size": [20, 20], "counts": [42, *[10, 10] * 9, 10, 168]}  # 10 x 10 px at 2, 2
 ENTRY = {"image_id": 3, "category_id": 4, "score": 0.5, "bbox": [2, 2, 10, 10], "segmentation": RLE}
 
 
@@ -276,12 +277,42 @@ def test_foreign_results_are_checked_before_pycocotools_sees_them(tmp_path, cont
 def test_masks_are_counted_with_or_without_boxes_beside_them_and_compressed_or_not(tmp_path):
     alone = {key: value for key, value in ENTRY.items() if key != "bbox"}
     path = tmp_path / "results.json"
-    plain = {"size": [20, 20], "counts": [42, *[10, 10] * 9, 10, 168]}  # 10 x 10 px at 2, 2
-    compressed = Masks.from_rle([plain], (20, 20)).to_rle()[0]
+    compressed = Masks.from_rle([SQUARE], (20, 20)).to_rle()[0]
     for first, second in ((ENTRY, alone), (alone, ENTRY), (alone, alone)):
-        for rle in (plain, compressed):
+        for rle in (SQUARE, compressed):
             path.write_text(json.dumps([first | {"segmentation": RLE, "score": 0.1}, second | {"segmentation": rle}]))
             assert evaluate_results_file(path, ground_truth(), ("segm",))["segm/AP"] == pytest.approx(1)
+
+
+def test_only_what_is_counted_has_to_be_sound(tmp_path):
+    path = tmp_path / "results.json"
+    for kind, unused in (("segm", {"bbox": []}), ("segm", {"bbox": None}), ("bbox", {"segmentation": [[1, 1, 5, 1]]})):
+        path.write_text(json.dumps([ENTRY | unused]))
+        assert evaluate_results_file(path, ground_truth(), (kind,))[f"{kind}/AP"] >= 0
+
+
+def test_other_keys_of_an_entry_change_nothing(tmp_path):
+    plain = [entry | {"segmentation": SQUARE} for entry in (ENTRY, ENTRY | {"image_id": 8})]
+    metrics = []
+    for results in (plain, [entry | {"caption": "a dog"} for entry in plain]):
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        metrics.append(evaluate_results_file(tmp_path / "results.json", ground_truth()))
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["bbox/AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("backend", get_args(Backend))
+def test_annotations_may_be_numbered_from_0(backend):
+    if backend != "pycocotools":
+        pytest.importorskip("faster_coco_eval")
+    gt = ground_truth()
+    gt = coco_object(gt.dataset["images"], [{**gt.dataset["annotations"][0], "id": 0}], CATEGORIES)
+    evaluator = CocoEvaluator(gt, CATEGORIES, backend=backend)
+    evaluator.add(3, found((2, 2, 10), scores=[0.9], labels=[0]))
+    metrics = evaluator.summarize()
+    assert metrics["bbox/AP"] == pytest.approx(1)
+    assert metrics["segm/AP"] == pytest.approx(1)
+    assert list(gt.anns) == [0]
 
 
 def test_boxes_without_masks_have_no_mask_ap(tmp_path):

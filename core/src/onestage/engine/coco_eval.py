@@ -172,8 +172,8 @@ def average_precision(
     Returns:
         `AP`, `AP50`, ... as in `CocoEvaluator.summarize`, without the IoU type.
     """
-    # loadRes completes the entries in place, and takes all of them for what the first one is.
-    entries = [_mask_alone(entry) if iou_type == "segm" else dict(entry) for entry in results]
+    entries = [_counted(entry, iou_type) for entry in results]
+    gt = _without_id_0(gt)
     with contextlib.redirect_stdout(io.StringIO()):
         found = gt.loadRes(entries) if entries else coco_object([], [], _categories_of(gt))
     evaluation = counting(gt, found, iou_type)
@@ -182,12 +182,24 @@ def average_precision(
     return metrics_of(evaluation, per_class=per_class)
 
 
-def _mask_alone(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry without its box, its run lengths compressed: of others pycocotools cannot count the area."""
-    rle = entry["segmentation"]
-    if isinstance(rle["counts"], list):
-        rle = mask_of(rle, tuple(rle["size"]))
-    return {key: value for key, value in entry.items() if key != "bbox"} | {"segmentation": rle}
+def _counted(entry: Mapping[str, Any], iou_type: str) -> dict[str, Any]:
+    """What `iou_type` is counted on, alone: pycocotools takes all entries for what other keys of the first one say.
+
+    Run lengths are compressed: of others it cannot count the area.
+    """
+    key = "segmentation" if iou_type == "segm" else "bbox"
+    counted = {name: entry[name] for name in ("image_id", "category_id", "score", key)}
+    if iou_type == "segm" and isinstance(entry[key]["counts"], list):
+        counted[key] = mask_of(entry[key], tuple(entry[key]["size"]))
+    return counted
+
+
+def _without_id_0(gt: COCO) -> COCO:
+    """The same ground truth, numbered anew where an id is 0: pycocotools takes a match with that one for none."""
+    if 0 not in gt.anns:
+        return gt
+    moved = [{**entry, "id": number + 1} for number, entry in enumerate(gt.dataset["annotations"])]
+    return coco_object(gt.dataset["images"], moved, _categories_of(gt))
 
 
 def run_silently(evaluation: COCOeval) -> None:
@@ -285,12 +297,12 @@ def check_results(results: Any, gt: COCO, iou_types: Sequence[str], name: str) -
         for key in ("score", *(["mask_score"] if "mask_score" in entry else [])):
             if not _all_finite([entry.get(key)]):
                 raise DatasetError(f"{where} has {key} {entry.get(key)!r}", "every entry needs a finite score")
-        if ("bbox" in entry or "bbox" in iou_types) and not _is_box(entry.get("bbox")):
+        if "bbox" in iou_types and not is_box(entry.get("bbox")):
             raise DatasetError(
                 f"{where} has bbox {entry.get('bbox')!r}; finite x, y, width, height are needed",
                 "correct the file, or evaluate --iou-types segm",
             )
-        if "segmentation" in entry or "segm" in iou_types:
+        if "segm" in iou_types:
             image = gt.imgs[entry["image_id"]]
             rle_counts(entry.get("segmentation"), (image["height"], image["width"]), where)  # type: ignore[arg-type]
     return results
@@ -339,5 +351,6 @@ def _all_finite(values: list[Any]) -> bool:
     return all(type(value) in (int, float) and abs(value) < 1e15 for value in values)
 
 
-def _is_box(value: Any) -> bool:
+def is_box(value: Any) -> bool:
+    """Whether this is a list of finite x, y, width, height, the sizes not below 0."""
     return isinstance(value, list) and len(value) == 4 and _all_finite(value) and min(value[2:]) >= 0

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from onestage.data.validate import mask_of
-from onestage.engine.coco_eval import ranked_for
+from onestage.engine.coco_eval import is_box, ranked_for
 
 MISSED, WRONG_CLASS, DUPLICATE, MISPLACED, BOTH, BACKGROUND, POOR_MASK, POOR_BOX = KINDS = (
     "missed",
@@ -364,11 +364,11 @@ def _truth(gt: COCO, masks: bool) -> Objects:
 def _found(gt: COCO, results: Sequence[Mapping[str, Any]], masks: bool) -> Objects:
     sizes = {key: (image["height"], image["width"]) for key, image in gt.imgs.items()}
     rles = [mask_of(entry["segmentation"], sizes[entry["image_id"]]) for entry in results] if masks else None
-    without = [index for index, entry in enumerate(results) if "bbox" not in entry]
-    boxes = [entry.get("bbox", (0, 0, 0, 0)) for entry in results]
-    for index in without:  # as pycocotools completes them
-        assert rles is not None
-        boxes[index] = coco_mask.toBbox(rles[index]).tolist()
+    boxes: list[Any] = [entry.get("bbox") for entry in results]
+    for index, box in enumerate(boxes):
+        if not is_box(box):  # as pycocotools completes them
+            assert rles is not None
+            boxes[index] = coco_mask.toBbox(rles[index]).tolist()
     areas = [width * height for _, _, width, height in boxes]
     if rles is not None:
         areas = [coco_mask.area(rle) for rle in rles]  # one by one: a list of 256 overflows in pycocotools 2.0.11
