@@ -68,6 +68,10 @@ def test_iou_of_tracks_sums_over_frames_by_hand():
     assert sequence_iou([], [true]).shape == (0, 1)
 
 
+def test_there_may_be_hundreds_of_tracks():
+    assert sequence_iou([track(0, 2)] * 256, [track(0, 0)]) == pytest.approx(np.full((256, 1), 120 / 200))
+
+
 def test_the_tracks_themselves_are_ap_1():
     clips = ClipsDataset(4, size=64, num_frames=4)
     evaluator = VideoEvaluator(clips, clips.categories)

@@ -244,7 +244,8 @@ def _frames(
         d = [i for i, track in enumerate(found) if track[number] is not None]
         g = [i for i, track in enumerate(true) if track[number] is not None]
         theirs, ours = [found[i][number] for i in d], [true[i][number] for i in g]
-        areas = [np.asarray(coco_mask.area(part), dtype=np.float64) if part else np.zeros(0) for part in (theirs, ours)]
+        # One by one: pycocotools 2.0.11 cannot take a list of 256.
+        areas = [np.array([coco_mask.area(rle) for rle in part], dtype=np.float64) for part in (theirs, ours)]
         iou = coco_mask.iou(theirs, ours, [0] * len(g)) if d and g else np.zeros((len(d), len(g)))
         yield d, g, iou, areas[0], areas[1]
 
