@@ -1,5 +1,6 @@
 """Data sets on disk: layouts, images, targets."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -87,6 +88,10 @@ def test_boxes_are_clipped_and_thin_ones_left_out_of_targets_only(data):
     assert dataset[2][1].boxes.tolist() == [[2, 2, 10, 4]]
     boxes = [a["bbox"] for a in dataset.coco_gt().imgToAnns[7]]
     assert boxes == [[2, 2, 100, 2], [1, 1, 0.5, 4]]
+
+
+def test_a_loop_ends_after_the_last_image(data):
+    assert [target.image_id for _, target in itertools.islice(opened(data), 9)] == [5, 6, 7]
 
 
 def test_polygons_come_on_request_and_run_lengths_have_none(data):

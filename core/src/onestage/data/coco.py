@@ -150,6 +150,7 @@ class CocoDataset:
         return len(self._positions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        index = range(len(self))[index]  # its IndexError ends a loop over the data set
         for step in range(len(self)):
             position = int(self._positions[(index + step) % len(self)])
             try:
