@@ -126,6 +126,12 @@ def test_videos_are_checked_and_their_copy_loads(tmp_path, capsys):
     assert len(VideoDataset(found.json, found.images)) == 2
 
 
+def test_a_coco_file_that_lists_videos_is_copied_as_one(shapes, tmp_path):
+    edited(shapes / "annotations/instances_train.json", lambda content: content.update(videos=[{"id": 1}]))
+    assert main([str(shapes), "--fix", str(tmp_path / "cleaned")]) == 0
+    assert locate(tmp_path / "cleaned", "train").layout == "COCO"
+
+
 def test_no_data_set_at_all_is_said_in_two_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("COCO_ROOT", raising=False)
     assert main([]) == 2

@@ -246,12 +246,14 @@ def _write_copy(flags: Lint, runs: Sequence[_Run]) -> None:
 
 def _places(folder: Path, run: _Run) -> tuple[Path, Path | None]:
     """Where a clean annotation file goes, and where its images are linked to."""
+    from onestage.data.validate import is_of_videos
+
     if run.name == "file":
         return folder / f"{run.split.json.name.removesuffix('.gz')}", None
     if run.name == "train and val":
         return folder / "annotations" / "instances_all.json", folder / "JPEGImages"
     assert run.checked.content is not None
-    if "videos" in run.checked.content:
+    if is_of_videos(run.checked.content):
         part = "train" if run.name == "train" else "valid"
         return folder / f"{part}.json", folder / part / "JPEGImages"
     return folder / "annotations" / f"instances_{run.name}.json", folder / run.name

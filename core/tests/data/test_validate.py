@@ -215,6 +215,21 @@ def test_an_annotation_without_area_is_legal(tmp_path):
     assert np.isnan(read_annotations(written(tmp_path, content)).areas).tolist() == [True, False]
 
 
+def test_annotations_without_an_id_get_one_that_no_other_has(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    content["annotations"][0]["id"] = 2
+    del content["annotations"][1]["id"]
+    content["annotations"].append(content["annotations"][1] | {"image_id": 10})
+    assert sorted(read_annotations(written(tmp_path, content)).ids.tolist()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("videos", [[], [{"id": 1, "name": "street"}]])
+def test_a_file_with_images_is_in_coco_format_though_it_lists_videos(tmp_path, videos):
+    flat = read_annotations(written(tmp_path, CONTENT | {"videos": videos}))
+    assert flat.image_ids.tolist() == [30, 10]
+    assert flat.videos == ()
+
+
 def test_frames_of_a_video_are_images_of_their_own(tmp_path):
     mask = {"size": [4, 4], "counts": [0, 2, 14]}
     content = {

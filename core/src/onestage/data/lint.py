@@ -8,7 +8,6 @@ a person would want to know (duplicates, boxes that do not fit their masks, pict
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import os
 from array import array
@@ -31,8 +30,10 @@ from onestage.data.validate import (
     clamped,
     entry_problem,
     frames_of,
+    fresh_ids,
     image_id_problem,
     image_problem,
+    is_of_videos,
     mask_of,
     packed,
     polygon_problem,
@@ -171,7 +172,7 @@ def lint_split(json: Path, images: Path | None, *, depth: Depth = "header", max_
     report = Report()
     try:
         content = _readable(json)
-        is_video = "videos" in content
+        is_video = is_of_videos(content)
         if is_video:
             content["annotations"] = content.get("annotations") or []
         categories = _categories(content, report)
@@ -233,7 +234,7 @@ def _readable(json: Path) -> dict[str, Any]:
     if isinstance(content, list):
         raise DatasetError(f"dataset '{json}' is a list; is it a results file?", "give an annotation file")
     wanted: tuple[str, ...] = ("images", "annotations", "categories")
-    if isinstance(content, dict) and "videos" in content:
+    if is_of_videos(content):
         wanted = ("videos", "categories", *(["annotations"] if content.get("annotations") else []))
     missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
@@ -401,8 +402,7 @@ def _clean_annotations(
     report: Report,
 ) -> list[dict[str, Any]]:
     """The sound and repaired annotations in file order."""
-    used = {a["id"] for a in annotations if isinstance(a, dict) and type(a.get("id")) is int}
-    fresh = (number for number in itertools.count(1) if number not in used)
+    fresh = fresh_ids(annotations)
     seen: set[int] = set()
     of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     dropped: set[int] = set()
@@ -496,7 +496,7 @@ def _look_closer(annotations: list[dict[str, Any]], size: Size, names: Mapping[i
         seen[whole] = annotation["id"]
         if isinstance(segmentation, list):
             near = [clamped(polygon, size) for polygon in segmentation]
-            if any(one is not other for one, other in zip(near, segmentation, strict=True)):
+            if any(list(one) != list(other) for one, other in zip(near, segmentation, strict=True)):
                 report.add("far polygon", f"{name} has coordinates more than an image size outside", "repaired")
                 annotation["segmentation"] = near
         _check_box(annotation, size, name, report)

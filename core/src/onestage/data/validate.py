@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import shlex
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +156,7 @@ def read_annotations(
     if isinstance(content, list):
         raise DatasetError(f"{source} is a list; is it a results file?", "give the annotation file of the data set")
     videos: tuple[Video, ...] = ()
-    if isinstance(content, dict) and "videos" in content:
+    if is_of_videos(content):
         content, videos = _frames_as_images(content, source)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -183,6 +184,11 @@ def read_annotations(
         videos=videos,
         **checked,
     )
+
+
+def is_of_videos(content: Any) -> bool:
+    """Whether a file's content is of YouTube-VIS format. COCO files may list videos beside images."""
+    return isinstance(content, dict) and "videos" in content and not content.get("images")
 
 
 def read_json(path: Path, **options: Any) -> Any:
@@ -372,7 +378,10 @@ def _check_annotations(
     rles: list[bytes] = []
     for number, annotation in enumerate(annotations):
         _stop_at(entry_problem(number, annotation), source)
-        annotation.setdefault("id", number + 1)
+    fresh = fresh_ids(annotations)
+    for annotation in annotations:
+        if "id" not in annotation:
+            annotation["id"] = next(fresh)
     annotations.sort(key=lambda annotation: images.position_of(annotation.get("image_id")) or 0)
     for number, annotation in enumerate(annotations):
         annotations[number] = None
@@ -427,6 +436,12 @@ def entry_problem(number: int, annotation: Any) -> Problem | None:
     if isinstance(annotation, dict):
         return None
     return Problem("no annotation", f"annotations[{number}] is {_short(annotation)}", "use COCO format")
+
+
+def fresh_ids(annotations: Sequence[Any]) -> Iterator[int]:
+    """Numbers from 1 that no annotation has, for those without an id."""
+    used = {a["id"] for a in annotations if isinstance(a, dict) and type(a.get("id")) is int}
+    return (number for number in itertools.count(1) if number not in used)
 
 
 def annotation_problem(
