@@ -11,10 +11,21 @@ from onestage.data.synth import ShapesDataset, make_shapes
 from onestage.engine.checkpoint import WeightsInfo, load_weights, save_weights
 from onestage.errors import UsageError
 from onestage.ops.edges import Profiles, refine_boxes
+from onestage.structures import Detections
 from rdsnet.config import DEMO, YOLACT, RefineConfig
 from rdsnet.method import METHOD
 from rdsnet.model import RDSNet
-from rdsnet.refine import RELEASED_WEIGHT, FitOptions, Samples, collect, coordinate_loss, fit, observe, train_refinement
+from rdsnet.refine import (
+    RELEASED_WEIGHT,
+    FitOptions,
+    Observed,
+    Samples,
+    collect,
+    coordinate_loss,
+    fit,
+    observe,
+    train_refinement,
+)
 
 TINY = replace(
     DEMO,
@@ -124,6 +135,13 @@ def test_what_is_observed_is_what_is_detected():
     (found,) = model.detect([image])
     assert torch.equal(found.boxes, seen.refined(model.mbrm(seen.profiles, seen.boxes)).boxes)
     assert torch.equal(found.unrefined_boxes, seen.found.boxes)
+
+
+def test_sides_that_passed_each_other_change_places():
+    none = torch.zeros(1, 4)
+    found = Detections((64, 64), none, torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    seen = Observed(found, none, Profiles(torch.zeros(1, 64), torch.zeros(1, 64)))
+    assert seen.refined(torch.tensor([[20.0, 5.0, 17.0, 70.0]])).boxes.tolist() == [[18, 5, 20, 64]]
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def complete(
         masks: As in `decode`.
     """
     rules, size = config.inference, frame.image_size
-    found = Detections(size, _public(boxes, size), kept.scores, kept.labels)
+    found = Detections(size, public_boxes(boxes, size), kept.scores, kept.labels)
     if correlation is None:
         return found
     windows = crop_window(boxes, size, "expand", padding=rules.crop_padding)
@@ -206,7 +206,7 @@ def complete(
         assert mbrm is not None
         binary, profiles = correlation.masks_with_profiles(windows, size, rules.mask_threshold)
         refined = refine(profiles, boxes, correlation, frame, mbrm, config)
-        found = replace(found, boxes=_public(refined, size), unrefined_boxes=found.boxes)
+        found = replace(found, boxes=public_boxes(refined, size), unrefined_boxes=found.boxes)
         if masks == "binary":
             return replace(found, masks=binary)
     if masks == "soft":
@@ -257,9 +257,10 @@ def input_profiles(correlation: Correlation, boxes: Tensor, config: RDSNetConfig
     return whole.masks_with_profiles(windows, size, config.inference.mask_threshold)[1]
 
 
-def _public(boxes: Tensor, size: Size) -> Tensor:
-    """Exclusive boxes inside the image."""
-    return box_ops.clip(box_ops.from_legacy(boxes), size)
+def public_boxes(boxes: Tensor, size: Size) -> Tensor:
+    """Exclusive boxes inside the image; sides of a narrow box that refinement moved past each other change places."""
+    first, second = box_ops.clip(box_ops.from_legacy(boxes), size).split(2, -1)
+    return torch.cat((torch.minimum(first, second), torch.maximum(first, second)), -1)
 
 
 def inside(windows: Tensor, size: Size) -> Tensor:

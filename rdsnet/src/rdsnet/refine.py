@@ -23,7 +23,7 @@ from onestage.ops.edges import Profiles, refine_boxes, side_posteriors
 from onestage.structures import Detections
 from onestage.transforms import prepare_batch
 from rdsnet.config import RDSNetConfig, RefineConfig
-from rdsnet.decode import complete, correlate, input_profiles, select
+from rdsnet.decode import complete, correlate, input_profiles, public_boxes, select
 from rdsnet.targets import assign_targets, mask_instances
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class Observed:
 
     def refined(self, boxes: Tensor) -> Detections:
         """The detections with boxes [N, 4] inclusive xyxy in the place of theirs."""
-        public = box_ops.clip(box_ops.from_legacy(boxes), self.found.image_size)
+        public = public_boxes(boxes, self.found.image_size)
         return replace(self.found, boxes=public, unrefined_boxes=self.found.boxes)
 
 
