@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHOWN_WIDTH = 420  # px of a picture in the file; screens show about 260
+TALLEST = 20  # heights of a picture in its widths; JPEG ends at 65500 px
 CLASS_COLOURS = ((42, 120, 214), (235, 104, 52), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 DASH = 6  # px, and as much between two
 BEFORE_COLOUR, AFTER_COLOUR = (255, 255, 255), (20, 20, 20)  # boxes before and after refinement
@@ -64,11 +65,11 @@ def draw(
         image: [3, H, W] uint8 RGB.
         instances: N instances in its pixels.
         names: Category name of each label.
-        width: Of the picture, px.
+        width: Of the picture, px; one that would be taller than `TALLEST` widths gets narrower.
         boxes: Draw boxes as well, each in its category's colour.
     """
-    factor = width / image.shape[-1]
-    size = (max(1, round(image.shape[-2] * factor)), width)
+    factor = min(width / image.shape[-1], TALLEST * width / image.shape[-2])
+    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
     canvas = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
     masks = () if instances.masks is None else instances.masks
     for index in reversed(range(len(masks))):  # the best one last, on top
@@ -171,8 +172,7 @@ def _draw_boxes(picture: Image.Image, instances: Instances, factor: float) -> No
         for start in range(int(y0), int(y1), 2 * DASH):
             for x in (x0, x1):
                 pen.line((x, start, x, min(start + DASH, y1)), fill=BEFORE_COLOUR, width=2)
-        low, high = torch.minimum(after[:2], after[2:]), torch.maximum(after[:2], after[2:])  # sides move one by one
-        pen.rectangle((*low.tolist(), *high.tolist()), outline=AFTER_COLOUR, width=2)
+        pen.rectangle(tuple(after.tolist()), outline=AFTER_COLOUR, width=2)
 
 
 def _write_scores(picture: Image.Image, instances: Instances, names: Sequence[str], factor: float) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onestage.cli.page import Example, points_of, render
-from onestage.draw import Instances, Line, chart, draw
+from onestage.draw import Instances, Line, chart, data_uri, draw
 
 
 def square(scores: bool) -> Instances:
@@ -91,3 +91,10 @@ def test_a_picture_shows_the_instance_in_its_categorys_colour():
     assert blue > red + 50
     assert picture.getpixel((2, 2)) == (90, 90, 90)
     assert draw(image, square(True), ["ring"]).tobytes() != picture.tobytes()  # the score is written
+
+
+def test_a_picture_of_a_line_fits_into_a_jpeg():
+    line = Instances(torch.tensor([[0.0, 0, 2, 9]]), torch.tensor([0]), torch.ones(1, 2000, 10), torch.tensor([0.5]))
+    picture = draw(torch.zeros(3, 2000, 10, dtype=torch.uint8), line, ["ring"])
+    assert picture.size == (42, 8400)
+    assert data_uri(picture)
