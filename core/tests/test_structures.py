@@ -64,6 +64,12 @@ def test_masks_may_be_coco_rle():
     assert target.masks.sum() == 9
 
 
+def test_masks_may_hold_any_number_where_the_instance_is():
+    mask = torch.eye(8)[None]
+    for value in (255, 0.4):
+        assert Target.from_dict(_dict(masks=mask * value), (8, 8), 3).masks.equal(mask.byte())
+
+
 def test_no_instances_are_legal():
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "masks": torch.zeros(0, 8, 8)}
     assert len(Target.from_dict(empty, (8, 8), 3)) == 0
@@ -78,6 +84,8 @@ def test_no_instances_are_legal():
         ({"labels": torch.tensor([0, 1])}, "1 boxes, 2 labels"),
         ({"boxes": torch.tensor([[5.0, 2.0, 1.0, 6.0]])}, "x2 < x1"),
         ({"boxes": torch.tensor([[float("nan"), 2.0, 1.0, 6.0]])}, "not finite"),
+        ({"masks": torch.ones(1, 4, 16)}, r"masks are \(1, 4, 16\), the image is \(8, 8\)"),
+        ({"iscrowd": [0, 1]}, "1 labels and 2 iscrowd"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes, message):

@@ -117,9 +117,10 @@ class Target:
         """Checks one entry of the public `targets` list and completes it.
 
         Args:
-            target: `boxes` [G, 4] xyxy, `labels` [G] in 0..K-1, `masks` ([G, H, W] tensor or a list of COCO RLE);
-                optional `iscrowd` [G], `image_id`, `track_ids` [G] and `reference`, another frame of the same video as
-                a dict of `image`, `boxes` [G', 4] and `track_ids` [G']. G = 0 is legal.
+            target: `boxes` [G, 4] xyxy, `labels` [G] in 0..K-1, `masks` ([G, H, W] tensor, non-zero where the
+                instance is, or a list of COCO RLE); optional `iscrowd` [G], `image_id`, `track_ids` [G] and
+                `reference`, another frame of the same video as a dict of `image`, `boxes` [G', 4] and `track_ids` [G'].
+                G = 0 is legal.
             size: (height, width) of the image the target belongs to.
             num_classes: K.
 
@@ -134,7 +135,13 @@ class Target:
         masks = target["masks"]
         if isinstance(masks, Sequence):
             masks = Masks.from_rle(list(masks), size).to_bool()
-        masks = torch.as_tensor(masks).to(torch.uint8).reshape(-1, *size)
+        masks = torch.as_tensor(masks) != 0
+        if masks.numel() and masks.shape[-2:] != size:
+            raise UsageError(
+                f"target masks are {tuple(masks.shape)}, the image is {size} (height, width)",
+                "give [number of instances, height, width]",
+            )
+        masks = masks.to(torch.uint8).reshape(-1, *size)
         if not len(boxes) == len(labels) == len(masks):
             raise UsageError(
                 f"target has {len(boxes)} boxes, {len(labels)} labels and {len(masks)} masks",
@@ -150,6 +157,10 @@ class Target:
         if not torch.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
             raise UsageError("a target box is not finite or has x2 < x1 or y2 < y1", "boxes are xyxy in pixels")
         iscrowd = torch.as_tensor(target.get("iscrowd", torch.zeros(len(labels))), dtype=torch.bool).flatten()
+        if len(iscrowd) != len(labels):
+            raise UsageError(
+                f"target has {len(labels)} labels and {len(iscrowd)} iscrowd", "give one of each per instance"
+            )
         track_ids, reference = _identities(target, size, len(labels))
         return Target(
             boxes,
