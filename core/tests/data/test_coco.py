@@ -199,6 +199,15 @@ def test_orientation_is_applied_only_where_the_annotations_were_made_on_the_turn
     assert torch.equal(read_image(path), turned)
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_turned_tiff_is_the_same_compressed_or_not(tmp_path, compression):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    Image.fromarray(grey).save(tmp_path / "a.tif", exif=exif, compression=compression)
+    assert read_image(tmp_path / "a.tif")[0].tolist() == [[3, 0], [4, 1], [5, 2]]
+
+
 def test_a_large_image_is_refused_from_its_header(tmp_path):
     Image.new("L", (300, 200)).save(tmp_path / "a.png")
     with pytest.raises(DatasetError, match="has 300 x 200 px; the limit is 0.05 megapixels"):

@@ -348,6 +348,7 @@ def _opened(path: Path, max_pixels: float, size: tuple[int, int] | None) -> Iter
     """The image, not decoded yet, and whether its orientation tag is to be applied; for the errors of `read_image`."""
     try:
         with Image.open(path, formats=FORMATS) as image:
+            image.filename = ""  # Pillow maps an uncompressed TIFF by its name, and then mixes up one that is turned
             if image.width * image.height > max_pixels:
                 raise DatasetError(
                     f"image '{path}' has {image.width} x {image.height} px; the limit is {max_pixels / 1e6:g} "
