@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from onestage.config import InputConfig, ScheduleConfig
+from onestage.data.coco import coco_object
 from onestage.engine.checkpoint import WeightsInfo, save_weights
+from onestage.engine.coco_eval import CocoEvaluator
 from onestage.engine.predict import Predictor, Result, find_method, to_tensor
 from onestage.errors import DatasetError, MachineError, UsageError, WeightsError
 from onestage.masks import Masks
@@ -92,6 +94,15 @@ def test_a_result_by_hand(predictor):
     assert entry["category_id"] == 9
     assert entry["bbox"] == [3, 0, 3, 4]
     assert entry["segmentation"] == result.rle[1]
+
+
+def test_entries_of_a_result_are_those_of_evaluation(predictor):
+    result = predictor(torch.zeros(3, 8, 6, dtype=torch.uint8))
+    detections = replace(result.detections, mask_scores=result.scores.flip(0))
+    categories = list(enumerate("abc"))
+    evaluator = CocoEvaluator(coco_object([{"id": 17, "height": 8, "width": 6}], [], categories), categories)
+    evaluator.add(17, detections)
+    assert Result(detections, tuple(categories)).to_coco(17) == evaluator.results()
 
 
 @pytest.mark.parametrize("keep", [slice(1, 3), torch.tensor([False, True, True, False]), torch.tensor([1, 2])])

@@ -107,7 +107,7 @@ class Result:
         return None if self.masks is None else self.masks.to_rle()
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Entries of a COCO results file; without masks they have no `segmentation`."""
+        """Entries of a COCO results file, as `eval` writes it; without masks they have no `segmentation`."""
         entries: list[dict[str, Any]] = []
         rows = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist(), strict=True)
         for category_id, (x1, y1, x2, y2), score in rows:
@@ -116,6 +116,9 @@ class Result:
         if self.masks is not None:
             for entry, rle in zip(entries, self.masks.to_rle(), strict=True):
                 entry["segmentation"] = rle
+        if self.detections.mask_scores is not None:
+            for entry, mask_score in zip(entries, self.detections.mask_scores.tolist(), strict=True):
+                entry["mask_score"] = mask_score
         return entries
 
     def to_supervision(self) -> Any:
