@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from onestage.cli.app import main
-from onestage.cli.predict import find_sources
+from onestage.cli.predict import _labels, find_sources
 from onestage.data.clips import ClipsDataset
-from onestage.data.frames import VideoWriter
+from onestage.data.frames import VideoWriter, _files_of, is_camera
 from onestage.engine.checkpoint import WeightsInfo, save_weights
 from onestage.engine.predict import Predictor, Result
 from onestage.errors import UsageError
@@ -51,6 +51,31 @@ def test_sources_are_files_folders_and_patterns_each_once(here):
     (here / "in" / "notes.txt").write_text("no image")
     assert names(["in"]) == [("a.jpg", "a"), ("a.png", "a-2"), ("b.PNG", "sub/b"), ("c.jpg", "sub/deep/c")]
     assert names(["in/a.jpg", "in/*.jpg", "in/a.jpg"]) == [("a.jpg", "a")]
+
+
+def test_links_are_followed_once_and_hidden_files_left_out(here):
+    for name in ("in/b.jpg", "in/._b.jpg", "in/.thumbs/b.jpg", "elsewhere/c.jpg"):
+        photo(here / name)
+    (here / "in/link").symlink_to(here / "elsewhere")
+    (here / "elsewhere/back").symlink_to(here / "in")
+    assert names(["in"]) == [("b.jpg", "b"), ("c.jpg", "link/c")]
+    assert names(["in/._b.jpg"]) == [("._b.jpg", "._b")]
+
+
+def test_a_file_is_one_source_however_its_path_is_written(here):
+    photo(here / "in/a.jpg")
+    assert names(["in/a.jpg", str(here / "in/a.jpg"), "in/../in/a.jpg"]) == [("a.jpg", "a")]
+
+
+def test_numbers_in_names_are_those_with_digits(here):
+    for name in ("10.jpg", "9.jpg", "²1.jpg"):
+        photo(here / "in" / name)
+    assert [path.name for path in _files_of(here / "in")] == ["9.jpg", "10.jpg", "²1.jpg"]
+    assert not is_camera("²")
+
+
+def test_a_category_name_may_occur_twice():
+    assert _labels([(1, "cup"), (2, "cat"), (3, "cup")], ["cup"]).tolist() == [0, 2]
 
 
 def test_sources_can_come_from_stdin(here, monkeypatch):

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,15 @@ from onestage.cli.app import config_record
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
 from onestage.data.coco import read_image
-from onestage.data.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DrawnFrames, FrameSource, is_camera, open_source
+from onestage.data.frames import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    DrawnFrames,
+    FrameSource,
+    is_camera,
+    is_image,
+    open_source,
+)
 from onestage.engine.export import DECODE
 from onestage.engine.predict import Predictor, Result
 from onestage.engine.signals import Signals
@@ -220,11 +228,12 @@ def find_sources(words: Sequence[str]) -> list[Source]:
         raise UsageError("no SOURCE", "name image files, a folder, a pattern in quotes, or - for a list on stdin")
     sources: list[Source] = []
     names: set[str] = set()
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for path, name in _expand(words):
-        if path in seen:
+        place = os.path.abspath(path)
+        if place in seen:
             continue
-        seen.add(path)
+        seen.add(place)
         stem = name.with_suffix("").as_posix()
         if stem in names:  # a.jpg and a.png, or the same name from two folders
             stem = next(s for s in (f"{stem}-{number}" for number in range(2, 10**9)) if s not in names)
@@ -240,7 +249,7 @@ def _expand(words: Iterable[str]) -> Iterable[tuple[Path, Path]]:
         if word == "-":
             yield from _expand(line.strip() for line in sys.stdin if line.strip())
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            files = sorted(_images_in(path))
             if not files:
                 raise UsageError(f"SOURCE '{word}' has no images", f"it may hold {some(sorted(IMAGE_SUFFIXES), 12)}")
             yield from ((file, file.relative_to(path)) for file in files)
@@ -250,7 +259,7 @@ def _expand(words: Iterable[str]) -> Iterable[tuple[Path, Path]]:
             yield path, Path(path.name)
         elif any(sign in word for sign in "*?["):
             matches = sorted(Path(match) for match in glob.glob(word, recursive=True))
-            files = [p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            files = [match for match in matches if is_image(match)]
             if not files:
                 raise UsageError(f"SOURCE '{word}' matches no image", "check the pattern, and quote it")
             yield from ((file, Path(file.name)) for file in files)
@@ -258,10 +267,23 @@ def _expand(words: Iterable[str]) -> Iterable[tuple[Path, Path]]:
             raise UsageError(f"SOURCE '{word}' does not exist", "name an image, a folder, or a pattern in quotes")
 
 
+def _images_in(folder: Path) -> Iterator[Path]:
+    """The images of a folder and of those in it, links too, but nothing hidden; each folder is looked at once."""
+    looked_at = {folder.resolve()}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        for name in list(folders):
+            inner = Path(place, name).resolve()
+            if inner in looked_at:
+                folders.remove(name)
+            looked_at.add(inner)
+        yield from (file for file in map(Path(place).joinpath, files) if is_image(file))
+
+
 def _share(sources: list[Source], flags: Any) -> list[Source]:
     """What --stride, --shard and --limit leave of the sources."""
     index, _, count = flags.shard.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UsageError(f"--shard is '{flags.shard}'; expected I/N with I from 0 to N-1", "as in --shard 0/4")
     return sources[:: flags.stride][int(index) :: int(count)][: flags.limit]
 
@@ -278,11 +300,11 @@ def _check_apart(sources: Sequence[Source], output: Path | None) -> None:
 
 def _labels(categories: Sequence[tuple[int, str]], names: Sequence[str]) -> Tensor | None:
     """Labels of the categories to keep; None keeps all."""
-    known = {name: label for label, (_, name) in enumerate(categories)}
+    known = [name for _, name in categories]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UsageError(f"--classes: the weights do not know {some(unknown)}", f"they know {some(list(known), 20)}")
-    return torch.tensor([known[name] for name in names]) if names else None
+        raise UsageError(f"--classes: the weights do not know {some(unknown)}", f"they know {some(known, 20)}")
+    return torch.tensor([label for label, name in enumerate(known) if name in names]) if names else None
 
 
 def _json_name(shard: str) -> str:

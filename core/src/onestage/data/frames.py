@@ -120,7 +120,12 @@ def open_source(word: str, *, package: str, max_pixels: float = MAX_PIXELS) -> F
 
 def is_camera(word: str) -> bool:
     """Whether a SOURCE is the number of a camera."""
-    return word.isdigit() and not Path(word).exists()
+    return word.isdecimal() and not Path(word).exists()
+
+
+def is_image(path: Path) -> bool:
+    """Whether this is a file that is named like an image and not hidden, as macOS' `._` twins of files are."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def import_av(source: str, package: str) -> ModuleType:
@@ -219,8 +224,8 @@ class DrawnFrames:
 
 def _files_of(folder: Path) -> list[Path]:
     """The images of a folder, numbers in their names in the order of numbers."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    return sorted(files, key=lambda path: [int(part) if part.isdigit() else part for part in _SPLIT(path.name)])
+    files = [path for path in folder.iterdir() if is_image(path)]
+    return sorted(files, key=lambda path: [int(part) if part.isdecimal() else part for part in _SPLIT(path.name)])
 
 
 _SPLIT = re.compile(r"(\d+)").split
