@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from onestage.cli.app import main
 from onestage.cli.predict import _labels, find_sources
 from onestage.data.clips import ClipsDataset
+from onestage.data.coco import CocoDataset
 from onestage.data.frames import VideoWriter, _files_of, is_camera
 from onestage.engine.checkpoint import WeightsInfo, save_weights
 from onestage.engine.predict import Predictor, Result
@@ -137,6 +138,14 @@ def test_classes_and_polygons(call, here, weights):
     assert err.startswith("error: --classes: the weights do not know horse\n  fix: they know cat, dog, cow")
 
 
+def test_what_is_written_of_empty_masks_loads(call, here, weights):
+    photo(here / "a.png", size=(1, 1))
+    assert call("predict a.png --weights toy.safetensors --score-thr 0 --mask-format polygon --output out")[0] == 0
+    dataset = CocoDataset(here / "out/predictions.json", here)
+    assert len(dataset.coco_gt().anns) == 3
+    assert len(dataset[0][1]) == 0
+
+
 def test_shards_share_the_images_and_one_folder(call, here, weights):
     for number in range(5):
         photo(here / "in" / f"{number}.jpg")
@@ -176,6 +185,20 @@ def test_skip_existing_goes_on_where_an_earlier_run_stopped(call, here, weights)
     content = json.loads((here / "out" / "predictions.json").read_text())
     assert [image["id"] for image in content["images"]] == [1, 2]
     assert len({entry["id"] for entry in content["annotations"]}) == 6
+
+
+@pytest.mark.parametrize("change", [{"categories": []}, {"annotations": None}])
+def test_skip_existing_refuses_predictions_of_something_else(call, here, weights, change):
+    photo(here / "in" / "a.jpg")
+    words = ["predict", "in", "--weights", weights, "--output", "out", "--score-thr", "0"]
+    call(*words)
+    file = here / "out/predictions.json"
+    content = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    photo(here / "in" / "b.jpg")
+    code, _, err = call(*words, "--skip-existing")
+    assert code == 3
+    assert "is not what predict wrote with these weights" in err
 
 
 def predict_and_stop(method, words, number, signal_number):

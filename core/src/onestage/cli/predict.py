@@ -199,7 +199,7 @@ def _entries(result: Result, image_id: int, *, polygons: bool) -> list[dict[str,
     entries = [{**entry, "area": area, "iscrowd": 0} for entry, area in zip(found, areas, strict=True)]
     if polygons:
         for entry, outlines in zip(entries, result.masks.to_polygons(), strict=True):
-            entry["segmentation"] = outlines
+            entry["segmentation"] = outlines or entry["segmentation"]  # of an empty mask; no polygon is no COCO
     return entries
 
 
@@ -356,12 +356,15 @@ class _Book:
         if not self.path.is_file():
             return
         try:
-            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            if known["categories"] != self.content["categories"]:
+                raise ValueError("its categories are others")
+            self.content = {key: known[key] for key in self.content}
             self.files = {entry["file_name"] for entry in self.content["images"]}
             self.num_written = len(self.files)
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(
-                f"'{self.path}' is not what predict wrote: {error}", "remove it, or --overwrite"
+                f"'{self.path}' is not what predict wrote with these weights: {error}", "remove it, or --overwrite"
             ) from None
 
     def add(self, source: Source, image: Tensor, result: Result) -> None:
