@@ -138,6 +138,13 @@ def test_classes_and_polygons(call, here, weights):
     assert err.startswith("error: --classes: the weights do not know horse\n  fix: they know cat, dog, cow")
 
 
+def test_names_may_be_as_long_as_names_can_be(call, here, weights):
+    photo(here / "in" / f"{'a' * 251}.png")
+    assert call("predict in --weights toy.safetensors --output out --save image masks --score-thr 0")[0] == 0
+    assert (here / "out/images" / f"{'a' * 251}.jpg").is_file()
+    assert len(list((here / "out/masks" / ("a" * 251)).iterdir())) == 3
+
+
 def test_what_is_written_of_empty_masks_loads(call, here, weights):
     photo(here / "a.png", size=(1, 1))
     assert call("predict a.png --weights toy.safetensors --score-thr 0 --mask-format polygon --output out")[0] == 0

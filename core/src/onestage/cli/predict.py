@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -388,9 +389,17 @@ class _Book:
 
 def _save_picture(path: Path, image: Tensor, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # whole or not at all: --skip-existing takes it for done
+    part = _part(path)
     to_pil_image(result.draw(image)).save(part, format="JPEG", quality=92)
     part.replace(path)
+
+
+def _part(path: Path) -> Path:
+    """Where something is made until it is whole: --skip-existing takes what is there for done.
+
+    Not named like it, whose name may be as long as names can be.
+    """
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part")
 
 
 def _save_masks(folder: Path, name: str, result: Result) -> None:
@@ -398,7 +407,7 @@ def _save_masks(folder: Path, name: str, result: Result) -> None:
     if result.masks is None:
         raise UsageError("the model finds boxes and no masks", "leave masks and png away")
     target = folder / name
-    part = target.with_name(f".{target.name}.part")  # as for pictures
+    part = _part(target)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for index, mask in enumerate(result.masks.to_bool()):
