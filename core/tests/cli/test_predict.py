@@ -181,6 +181,18 @@ def test_shards_share_the_images_and_one_folder(call, here, weights):
     assert call("predict", "in", "--weights", weights, "--shard", "2/2")[0] == 2
 
 
+def test_shards_share_what_limit_and_stride_leave(call, here, weights):
+    for number in range(9):
+        photo(here / "in" / f"{number}.jpg")
+    files = []
+    for index in range(2):
+        words = f"--limit 3 --stride 2 --shard {index}/2 --output {index} --save json"
+        assert call(f"predict in --weights toy.safetensors {words}")[0] == 0
+        content = json.loads((here / f"{index}/predictions-{index}-of-2.json").read_text())
+        files.append([image["file_name"] for image in content["images"]])
+    assert files == [["in/0.jpg", "in/4.jpg"], ["in/2.jpg"]]
+
+
 def test_skip_existing_goes_on_where_an_earlier_run_stopped(call, here, weights):
     photo(here / "in" / "a.jpg")
     words = ["predict", "in", "--weights", weights, "--output", "out", "--score-thr", "0", "--json"]

@@ -282,11 +282,11 @@ def _images_in(folder: Path) -> Iterator[Path]:
 
 
 def _share(sources: list[Source], flags: Any) -> list[Source]:
-    """What --stride, --shard and --limit leave of the sources."""
+    """What --stride, --limit and --shard leave of the sources, in this order: shards share what a call without has."""
     index, _, count = flags.shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UsageError(f"--shard is '{flags.shard}'; expected I/N with I from 0 to N-1", "as in --shard 0/4")
-    return sources[:: flags.stride][int(index) :: int(count)][: flags.limit]
+    return sources[:: flags.stride][: flags.limit][int(index) :: int(count)]
 
 
 def _check_apart(sources: Sequence[Source], output: Path | None) -> None:
