@@ -194,6 +194,18 @@ def test_eval_of_weights_and_of_the_file_it_wrote_agree(call, shapes):
     assert [first[name] for name in metrics] == [second[name] for name in metrics]
 
 
+def test_eval_says_how_to_count_the_same_again(call, shapes):
+    words = "--data shapes --limit 2 --max-dets 1 2 3 --iou-types segm"
+    code, out, err = call(f"eval --small --device cpu --score-thr 0 --output out --json {words}")
+    assert code == 0
+    first = json.loads(out)
+    (again,) = re.findall(r"the same numbers from that file: python -m onestage\.(.+)", err)
+    second = json.loads(call(f"{again} --json")[1])
+    assert {name: second[name] for name in first if "/" in name} == {n: v for n, v in first.items() if "/" in n}
+    assert second["images"] == 2
+    assert re.search(r"python -m onestage\.explore shapes --results out/results\.json --limit 2\n", err)
+
+
 def test_eval_of_a_results_file_leaves_its_metrics_where_output_says(call, shapes):
     (shapes / "results.json").write_text("[]")
     words = ["eval", "--data", "shapes", "--results", "shapes/results.json", "--json"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from onestage.machine import default_workers
 from onestage.method import Method
 
 logger = logging.getLogger("onestage")
+REPEATED = ("limit", "max_dets", "iou_types", "on_bad_sample", "max_pixels")  # decide what is counted
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
 
@@ -121,12 +122,11 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         say_metrics(metrics)
         num_skipped = say_skipped(dataset)
         if flags.data is not None:
-            data, file = shlex.quote(str(flags.data)), shlex.quote(str(path))
-            logger.info(
-                "the same numbers from that file: python -m %s.eval --data %s --results %s", method.name, data, file
-            )
+            words = ["--data", str(flags.data), "--results", str(path), *_repeated(call, REPEATED)]
+            logger.info("the same numbers from that file: python -m %s.eval %s", method.name, shlex.join(words))
             if not video:
-                logger.info("what went wrong, as a page: python -m onestage.explore %s --results %s", data, file)
+                words = [str(flags.data), "--results", str(path), *_repeated(call, ("limit", "max_pixels"))]
+                logger.info("what went wrong, as a page: python -m onestage.explore %s", shlex.join(words))
         return metrics | {
             f"{key}s": len(dataset),
             f"{key}s_with_{things}": found_in,
@@ -170,6 +170,16 @@ def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:
         metrics = compute()
         run.write("metrics.json", metrics)
         return metrics | done | {"run": str(run.folder)}
+
+
+def _repeated(call: Call, names: Sequence[str]) -> list[str]:
+    """Those of the flags that were given, as words of a command line."""
+    words = []
+    for name in names:
+        if name in call.given:
+            value = getattr(call.flags, name)
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def _json(value: Any) -> bytes:
