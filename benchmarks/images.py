@@ -52,7 +52,7 @@ from onestage.transforms import prepare_batch
 
 NUM_INSTANCES = 100
 NUM_CANDIDATES = 1000  # pairs of box and class that enter NMS
-TOLERANCE = {"fp32": 0.01, "bf16": 0.1}  # of those numbers: many scores are equal in bf16
+TOLERANCE = {"fp32": 0.01, "bf16": 0.1, "fp16": 0.1}  # of those numbers: many scores are equal in half types
 SPREAD = 1.7  # standard deviation of class logits, and of mask logits where they are sums of products
 HALF_BOX = 3.0  # strides from a location to each side of its box
 MODELS = ("sipmask:r50", "meinst:r50", "sais:r50_768", "rdsnet:r50", "sprnet:r50_800")
@@ -484,7 +484,7 @@ def read_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--mode", choices=MODES, default="eager", help="how the network runs (%(default)s)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=[*TOLERANCE], default="fp32")
     parser.add_argument("--channels-last", action="store_true", help="order of weights and pixels, of all models")
     parser.add_argument("--memory", action="store_true", help="peak memory too; on a CPU in a fresh process each")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "speed"), help="'' writes nothing")

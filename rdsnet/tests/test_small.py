@@ -83,13 +83,14 @@ def test_the_semantic_target_is_the_union_by_class(count):
     assert on_grid(masks, (4, 4)).flatten(1).sum(1).tolist() == [8] * count
 
 
-def test_under_autocast_the_losses_of_rounded_outputs_are_not_rounded():
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_losses_of_rounded_outputs_are_not_rounded(half):
     config = replace(YOLACT, num_classes=3, yolact=replace(YOLACT.yolact, anchor_sides=(24.0,)))
     generator = torch.Generator().manual_seed(0)
     anchors = relative_anchors([(4, 4)], (64, 64), config)
 
     def rounded(*shape):
-        return torch.randn(*shape, generator=generator).bfloat16()
+        return torch.randn(*shape, generator=generator).to(half)
 
     count = len(anchors)
     raw = SmallOutput(
@@ -102,6 +103,6 @@ def test_under_autocast_the_losses_of_rounded_outputs_are_not_rounded():
     targets = [Target(boxes, torch.tensor([0, 2]), masks, torch.zeros(2, dtype=torch.bool))]
     whole = SmallOutput(*(part.float() if isinstance(part, torch.Tensor) else part for part in raw))
     expected = compute_losses(whole, targets, lambda _, index: vectors[index].float(), config)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", half):
         ours = compute_losses(raw, targets, lambda _, index: vectors[index], config)
     torch.testing.assert_close(ours, expected)

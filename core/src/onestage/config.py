@@ -16,6 +16,7 @@ from onestage.errors import UsageError
 
 Config = TypeVar("Config")
 
+Precision = Literal["fp32", "bf16", "fp16"]  # what the network computes in; losses and masks are fp32 always
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d"]
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # torchvision's, RGB, 0..255

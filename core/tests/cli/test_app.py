@@ -31,6 +31,8 @@ def run_raising(monkeypatch, error, *words):
         (OSError(errno.ENOSPC, "No space left on device", "x.ckpt"), 5),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 5),
         (MemoryError(), 5),
+        (RuntimeError("\"max_pool2d\" not implemented for 'Half'"), 5),
+        (RuntimeError("Current CUDA Device does not support bfloat16. Please switch dtype to float16."), 5),
         (RuntimeError("operator torchvision::nms does not exist"), 5),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 5),
         (RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:3: Connection reset by peer"), 5),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from onestage.cli.app import main
-from onestage.engine.checkpoint import load_weights
+from onestage.engine.checkpoint import load_checkpoint, load_weights
 
 
 def train(call, *words):
@@ -34,6 +34,20 @@ def test_train_leaves_a_run_folder_that_config_json_repeats(call, shapes):
     assert code == 0
     again, _ = load_weights(json.loads(out)["weights"])
     assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_fp16_goes_through_every_verb(call, shapes):
+    half = ["--precision", "fp16", "--device", "cpu", "--json"]
+    weights = train(call, "--data", "shapes", *half)["weights"]
+    assert load_checkpoint(Path(weights).with_name("last.ckpt"))["scaler"]["scale"] > 0
+    for words in (
+        ["eval", "--data", "shapes", "--weights", weights],
+        ["predict", "shapes/val", "--weights", weights],
+        ["benchmark", "--small", "--image-size", "64", "64", "--iters", "1", "--warmup", "0"],
+    ):
+        code, out, err = call(*words, *half)
+        assert code == 0, err
+        assert json.loads(Path(json.loads(out)["run"], "config.json").read_text())["flags"]["precision"] == "fp16"
 
 
 def test_train_says_what_next_and_that_can_be_run(call, shapes):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_weights
-from onestage.engine.guard import NonFiniteLoss, Suspect, info_of_crash, replay, seed_step
-from onestage.errors import WeightsError
+from onestage.engine.guard import NonFiniteLoss, Suspect, autocast, info_of_crash, replay, seed_step
+from onestage.errors import UsageError, WeightsError
 from onestage.structures import Reference, Target
 
 
@@ -26,6 +26,12 @@ def exploding(tiny):
 
     torch.manual_seed(0)
     return Exploding(tiny.TinyConfig())
+
+
+def test_a_precision_that_is_not_known_is_refused():
+    with pytest.raises(UsageError, match="precision 'float16' is unknown") as caught:
+        autocast(torch.device("cpu"), "float16")
+    assert caught.value.fix == "use one of fp32, bf16, fp16"
 
 
 def test_random_state_follows_from_seed_rank_and_batch():

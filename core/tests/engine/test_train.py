@@ -15,6 +15,7 @@ import torch
 
 from onestage.engine import train as train_module
 from onestage.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from onestage.engine.guard import NonFiniteLoss
 from onestage.engine.train import Interrupted
 from onestage.errors import DatasetError, MachineError, UsageError
 
@@ -358,10 +359,84 @@ def test_unknown_metric_lists_the_known(tiny, tmp_path):
         tiny.run_tiny(tmp_path, {"metric": "mAP"}, {"length": 1}, val_set=tiny.TinySet(2))
 
 
-def test_bf16_trains(tiny, tmp_path):
-    run = tiny.run_tiny(tmp_path, {"precision": "bf16"})
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(tiny, tmp_path, precision):
+    run = tiny.run_tiny(tmp_path / "half", {"precision": precision})
+    tiny.run_tiny(tmp_path / "whole")
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
     assert run.model.box.weight.dtype == torch.float32
+    half, whole = (read_rows(tmp_path / name, "loss") for name in ("half", "whole"))
+    assert half[0]["loss"] != whole[0]["loss"]
+    assert half[0]["loss"] == pytest.approx(whole[0]["loss"], rel=0.01)
+    assert half[-1]["loss"] < 0.9 * half[0]["loss"]
+
+
+@pytest.fixture
+def loud(tiny):
+    """Builds a tiny model with eight times the loss: at first its gradients overflow in fp16."""
+
+    class Loud(tiny.TinyModel):
+        def forward(self, images, targets):
+            return {name: 8 * loss for name, loss in super().forward(images, targets).items()}
+
+    def build():
+        torch.manual_seed(7)
+        return Loud(tiny.TinyConfig())
+
+    return build
+
+
+def test_a_step_whose_gradients_overflow_in_fp16_is_skipped_and_the_loss_scaled_less(tiny, loud, tmp_path, caplog):
+    model = loud()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with caplog.at_level(logging.INFO, "onestage"):
+        tiny.run_tiny(tmp_path, {"precision": "fp16", "stop_after": 1}, {"ema": 0.9}, model=model)
+    saved = load_checkpoint(tmp_path / "last.ckpt")
+    assert (saved["state"]["step"], saved["state"]["skipped"], saved["ema_updates"]) == (1, 1, 0)
+    assert saved["scaler"]["scale"] == 2**15
+    assert_same_weights(dict(model.named_parameters()), before)
+    assert "grad_norm" not in read_rows(tmp_path, "loss")[0]
+    assert (
+        "gradients are not finite at step 0, of a loss times 65536; step skipped, and the next ones use" in caplog.text
+    )
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fp16_resumes_exactly_and_clips_gradients_that_are_not_scaled(tiny, loud, tmp_path, accumulate):
+    options, schedule = {"precision": "fp16", "accumulate": accumulate}, {"ema": 0.9}
+    whole = tiny.run_tiny(tmp_path / "whole", options, schedule, model=loud())
+    tiny.run_tiny(tmp_path / "parts", {**options, "stop_after": 7}, schedule, model=loud())
+    resume = tmp_path / "parts" / "last.ckpt"
+    assert 0 < load_checkpoint(resume)["state"]["skipped"] < 7
+    parts = tiny.run_tiny(tmp_path / "parts", {**options, "resume": resume}, schedule, model=loud())
+    assert_same_weights(whole.model.state_dict(), parts.model.state_dict())
+    first, second = (load_checkpoint(tmp_path / run / "last.ckpt") for run in ("whole", "parts"))
+    assert first["scaler"] == second["scaler"]
+    assert first["scaler"]["scale"] == 2.0 ** (16 - first["state"]["skipped"])
+    norms = [row["grad_norm"] for row in read_rows(tmp_path / "whole", "grad_norm")]
+    assert len(norms) == 12 - first["state"]["skipped"]
+    assert 1 < norms[0] < 1000
+
+
+def test_a_checkpoint_of_another_precision_can_be_resumed_in_fp16_and_back(tiny, tmp_path):
+    resume = tmp_path / "last.ckpt"
+    tiny.run_tiny(tmp_path, {"stop_after": 3})
+    tiny.run_tiny(tmp_path, {"stop_after": 6, "precision": "fp16", "resume": resume})
+    assert load_checkpoint(resume)["scaler"]["scale"] > 0
+    assert tiny.run_tiny(tmp_path, {"precision": "bf16", "resume": resume}).result.steps == 12
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_fp16(tiny, tmp_path):
+    class Cornered(tiny.TinyModel):
+        def forward(self, images, targets):
+            losses = super().forward(images, targets)
+            return {**losses, "loss_root": (self.box.weight * 0).square().sum().sqrt()}  # 0, of infinite slope
+
+    with pytest.raises(NonFiniteLoss, match="not finite at step 16, of a loss times 1\n") as caught:
+        tiny.run_tiny(tmp_path, {"precision": "fp16"}, {"length": 30}, model=Cornered(tiny.TinyConfig()))
+    assert "--precision bf16" in caught.value.fix
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.gpu

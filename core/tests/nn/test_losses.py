@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision import ops
 
-from onestage.nn.losses import giou_loss_ltrb, iou_loss, iou_loss_ltrb, sigmoid_focal
+from onestage.nn.losses import giou_loss_ltrb, iou_loss, iou_loss_ltrb, sigmoid_focal, zero_of
 
 
 def test_focal_loss_by_hand():
@@ -30,6 +30,14 @@ def test_focal_loss_of_nothing_is_a_connected_zero():
 
 def test_focal_loss_of_half_precision_logits_is_summed_in_float32():
     assert sigmoid_focal(torch.zeros(1, 1, dtype=torch.bfloat16), torch.tensor([0])).dtype == torch.float32
+
+
+def test_zero_of_outputs_whose_sum_float16_does_not_hold_is_a_connected_zero():
+    outputs = [torch.full((3,), 60000.0, dtype=torch.float16, requires_grad=True) for _ in range(2)]
+    loss = zero_of(*outputs)
+    loss.backward()
+    assert (loss.item(), loss.dtype) == (0.0, torch.float32)
+    assert [output.grad.tolist() for output in outputs] == [[0.0] * 3] * 2
 
 
 def test_iou_loss_by_hand_in_both_geometries():

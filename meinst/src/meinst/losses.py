@@ -11,7 +11,7 @@ from meinst.codec import MaskCodec, PixelCodec
 from meinst.config import MEInstConfig
 from onestage.engine.distributed import reduce_mean
 from onestage.nn import fcos
-from onestage.nn.losses import giou_loss_ltrb, iou_loss_ltrb, sigmoid_focal
+from onestage.nn.losses import giou_loss_ltrb, iou_loss_ltrb, sigmoid_focal, zero_of
 
 if TYPE_CHECKING:
     from meinst.model import RawOutput
@@ -50,16 +50,16 @@ def compute_losses(
     )
     strides = targets.assignment.strides.expand_as(positive)[positive]
     boxes = box_loss(raw.distances[positive], ltrb / strides[:, None], config)
-    centers = F.binary_cross_entropy_with_logits(raw.centerness[positive], centerness, reduction="sum")
+    centers = F.binary_cross_entropy_with_logits(raw.centerness[positive].float(), centerness, reduction="sum")
     losses = {
         "loss_cls": focal / num_positives,
-        "loss_box": (boxes * centerness).sum() / total_centerness + 0 * raw.distances.sum(),
-        "loss_centerness": centers / num_positives + 0 * raw.centerness.sum(),
+        "loss_box": (boxes * centerness).sum() / total_centerness + zero_of(raw.distances),
+        "loss_centerness": centers / num_positives + zero_of(raw.centerness),
     }
     if raw.codes is not None:
         codes, classes = raw.codes[positive], labels[positive]
         masks = mask_loss(codes, targets.masks, classes, codec, config, noise)
-        losses["loss_mask"] = (masks * centerness).sum() / _mask_total(total_centerness, config) + 0 * raw.codes.sum()
+        losses["loss_mask"] = (masks * centerness).sum() / _mask_total(total_centerness, config) + zero_of(raw.codes)
     return losses
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onestage.engine.distributed import reduce_mean, world_size
+from onestage.nn.losses import zero_of
 from onestage.nn.retinanet import detection_losses
 from onestage.ops.assemble import crop_window
 from onestage.ops.mask_loss import mined_mask_loss
@@ -78,7 +79,7 @@ def mask_loss(
         losses.append(instance_losses(vectors, contrast(vectors_at(i, chosen)), boxes, masks, instance, config))
     every = torch.cat(losses)
     count = normaliser(targets.anchors.index.new_tensor(len(every)), 1, config)
-    return every.sum() / count + 0 * raw.pixel_vectors.sum()
+    return every.sum() / count + zero_of(raw.pixel_vectors)
 
 
 def normaliser(count: Tensor, more: float, config: RDSNetConfig) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onestage import boxes as box_ops
+from onestage.nn.losses import zero_of
 from onestage.nn.retinanet import IGNORED, NEGATIVE, encode
 from onestage.ops.assemble import crop_window, resize_maps
 from onestage.structures import Target
@@ -53,7 +54,7 @@ def compute_losses(
     index = torch.stack(matches)
     positives = normaliser((index >= 0).sum(), 0, config).clamp(min=1)
     variances = raw.anchors.new_tensor(VARIANCES)
-    box_sum, class_sum = 0 * raw.deltas.sum(), 0 * raw.logits.sum()
+    box_sum, class_sum = zero_of(raw.deltas), zero_of(raw.logits)
     for i, (target, boxes) in enumerate(instances):
         positive = (index[i] >= 0).nonzero().flatten()
         wanted = encode(raw.anchors[positive], boxes[index[i, positive]]) / variances
@@ -143,7 +144,7 @@ def combined_masks(
         [], connected to the pixel vectors even without a positive.
     """
     extent = (raw.pixel_vectors.shape[2], raw.pixel_vectors.shape[3])
-    total = 0 * raw.pixel_vectors.sum()
+    total = zero_of(raw.pixel_vectors)
     for i, (target, boxes) in enumerate(instances):
         positive = (index[i] >= 0).nonzero().flatten()
         chosen = drawn(positive, config)
@@ -184,7 +185,7 @@ def correlated_masks(
             instance_losses(raw.pixel_vectors[i], contrast(vectors_at(i, chosen)), cells, masks, owner, config)
         )
     every = torch.cat(losses)
-    return every.sum() / normaliser(index.new_tensor(len(every)), 1, config) + 0 * raw.pixel_vectors.sum()
+    return every.sum() / normaliser(index.new_tensor(len(every)), 1, config) + zero_of(raw.pixel_vectors)
 
 
 def semantic_loss(raw: SmallOutput, targets: list[Target]) -> Tensor:

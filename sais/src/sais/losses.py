@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from onestage import boxes as box_ops
 from onestage.engine.distributed import reduce_mean
 from onestage.nn import fcos
-from onestage.nn.losses import iou_loss, sigmoid_focal
+from onestage.nn.losses import iou_loss, sigmoid_focal, zero_of
 from onestage.ops.mask_loss import window_mask_loss
 from sais.config import SAISConfig
 from sais.decode import PROTOTYPE_STRIDE
@@ -78,7 +78,7 @@ def mask_loss(raw: RawOutput, targets: SAISTargets, config: SAISConfig) -> Tenso
     """
     assert raw.prototypes is not None
     assert raw.coefficients is not None
-    total = 0 * (raw.prototypes.sum() + raw.coefficients.sum())
+    total = zero_of(raw.prototypes, raw.coefficients)
     for i, boxes in enumerate(targets.boxes):
         positive = (targets.locations.labels[i] >= 0).nonzero().flatten()
         if len(positive) == 0:

@@ -18,7 +18,7 @@ from onestage.boxes import area as box_area
 from onestage.boxes import paired_iou
 from onestage.engine.distributed import reduce_mean, world_size
 from onestage.nn import fcos
-from onestage.nn.losses import giou_loss_ltrb, iou_loss, sigmoid_focal
+from onestage.nn.losses import giou_loss_ltrb, iou_loss, sigmoid_focal, zero_of
 from onestage.ops.assemble import assemble_soft, crop_window
 from onestage.ops.mask_loss import masks_on_grid, window_mask_loss
 from onestage.ops.nms import greedy_nms
@@ -92,10 +92,10 @@ def compute_losses(
     kept = [kept_positives(raw, targets, i, config) for i in range(len(raw.logits))]
     losses = {
         "loss_cls": classification_loss(raw.logits, assigned.labels, num_positives, config),
-        "loss_box": box_loss(distances, ltrb, strides, centerness, config) + 0 * raw.distances.sum(),
+        "loss_box": box_loss(distances, ltrb, strides, centerness, config) + zero_of(raw.distances),
         "loss_centerness": centerness_loss(raw.centerness[positive], centerness, num_positives, config)
-        + 0 * raw.centerness.sum(),
-        "loss_mask": mask_loss(raw, targets, kept, config) + 0 * (raw.coefficients.sum() + raw.basis.sum()),
+        + zero_of(raw.centerness),
+        "loss_mask": mask_loss(raw, targets, kept, config) + zero_of(raw.coefficients, raw.basis),
     }
     if config.rescore:
         assert head is not None
@@ -182,7 +182,7 @@ def centerness_loss(logits: Tensor, target: Tensor, num_positives: Tensor, confi
     """
     reduce = config.profile == "fc" or config.reduce_normalisers
     total = reduce_mean(num_positives) if reduce else num_positives
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / total.clamp(min=1.0)
+    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum") / total.clamp(min=1.0)
 
 
 def mask_loss(raw: RawOutput, targets: SipMaskTargets, kept: Sequence[MaskPositives], config: SipMaskConfig) -> Tensor:
@@ -276,7 +276,7 @@ def match_loss(
         known = tracking.embed(raw.reference_tracking[i], boxes)
         wanted = same_object(targets.track_ids[i], reference)[of_image.instance]
         losses = F.cross_entropy(match_logits(embeddings, known), wanted, reduction="sum") / max(1, len(of_image))
-        total = total + losses + 0 * (embeddings.sum() + known.sum())
+        total = total + losses + zero_of(embeddings, known)
     return total / len(kept)
 
 

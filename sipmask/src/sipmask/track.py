@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from onestage.cli.flags import Switch, Talk, parse_flags
+from onestage.config import Precision
 from onestage.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Track(Talk):
     output: Path | None = None  # run folder, default runs/sipmask/track/<time>
     overwrite: Switch = False  # write into an --output that is not empty
     device: str = "auto"  # auto, cpu, cuda, cuda:1; auto = a GPU if there is one
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     dry_run: Switch = False  # check source and weights, and stop
 
 

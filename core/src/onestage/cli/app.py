@@ -214,6 +214,11 @@ def _machine_error(error: Exception) -> UserError | None:
             "a process that reads images has ended before its work was done",
             "memory ran out, if nobody killed it: use fewer --workers",
         )
+    if "not implemented for 'Half'" in text or "does not support bfloat16" in text:
+        return MachineError(
+            f"this device cannot compute in the --precision asked for: {text.splitlines()[0]}",
+            "use another --precision: fp32 runs anywhere, fp16 on every GPU, bf16 on new ones",
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             f"out of memory{_memory()}: {text.splitlines()[0] if text else 'the process needs more than there is'}",

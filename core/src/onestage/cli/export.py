@@ -46,7 +46,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     formats: tuple[Format, ...] = ("onnx", "torch") if flags.format == "both" else (flags.format,)
     if flags.precision != "fp32":
-        raise UsageError("--precision bf16 is not exported", "export fp32 and let the runtime convert it")
+        raise UsageError(f"--precision {flags.precision} is not exported", "export fp32 and let the runtime convert it")
     if "onnx" in formats:
         need_onnx(method.name)
     model, info = _model(method, call)

@@ -20,7 +20,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from onestage.config import BackboneName, ScheduleConfig, config_from_dict, of_length, rescaled, resized, with_field
+from onestage.config import (
+    BackboneName,
+    Precision,
+    ScheduleConfig,
+    config_from_dict,
+    of_length,
+    rescaled,
+    resized,
+    with_field,
+)
 from onestage.errors import UsageError
 from onestage.method import Method
 
@@ -44,7 +53,7 @@ class Common(Talk):
     output: Path | None = None  # run folder, default runs/<package>/<verb>/<time>
     overwrite: Switch = False  # write into an --output that is not empty
     device: str = "auto"  # auto, cpu, cuda, cuda:1; auto = a GPU if there is one
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"  # bf16, fp16: autocast; training in fp16 scales its loss
     seed: int = 0
     config: Path | None = None  # a run's config.json: its settings become the defaults
     print_config: Switch = False  # print the resolved settings as JSON on stdout and stop

@@ -215,7 +215,7 @@ def _predictor(method: Method, flags: Any) -> Predictor:
     if not (flags.weights / DECODE).is_file():
         return Predictor.from_weights(flags.weights, device=flags.device, precision=flags.precision, **limits)
     if flags.precision != "fp32":
-        raise UsageError("--precision bf16 is not for exported networks", "leave it away")
+        raise UsageError(f"--precision {flags.precision} is not for exported networks", "leave it away")
     return Predictor.from_export(flags.weights, device="cpu" if flags.device == "auto" else flags.device, **limits)
 
 

@@ -17,6 +17,7 @@ from tyro.conf import Positional
 
 from onestage.cli.app import guard
 from onestage.cli.flags import Switch, Talk, parse_flags
+from onestage.config import Precision
 from onestage.errors import DatasetError, UsageError
 from onestage.machine import usable_cores
 
@@ -49,7 +50,7 @@ class Tables(Talk):
     limit: int | None = None  # use the first N images of each split
     difficulty: Literal["easy", "medium", "hard"] = "easy"  # of generated shapes
     device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"  # of training and evaluation; fp16 scales the loss
     workers: int | None = None  # processes that read images, for each training
     processes: int = 1  # GPUs of each training, started by torchrun
     jobs: int | None = None  # trainings side by side; default: one, on generated shapes without a GPU one per core

@@ -46,7 +46,7 @@ def evaluate(
         model: With `detect(images)`; in any mode, which it keeps.
         dataset: As CocoDataset: images, `image_ids`, `categories`, `coco_gt()`.
         device: Where the model is moved; None leaves it where it is.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
         workers: Processes that read images.
         batch_size: Images per forward pass.
         iou_types: bbox, segm; the second is left out where detections have no masks.
@@ -129,7 +129,7 @@ def evaluate_videos(
         model: With `detect(images)`, whose detections have what its `tracker()` needs; in any mode, which it keeps.
         dataset: `VideoDataset` or `ClipsDataset`.
         device: Where the model is moved; None leaves it where it is.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
         workers: Processes that read frames.
         batch_size: Frames per forward pass, all of one video.
         max_dets: Tracks per video that count.

@@ -7,14 +7,15 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from onestage.config import Precision
 from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, save_checkpoint
-from onestage.errors import UserError, some
+from onestage.errors import UsageError, UserError, some
 from onestage.structures import Reference, Target
 
 
@@ -50,8 +51,16 @@ def seed_step(seed: int, rank: int, batch: int) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """bf16 where `precision` asks for it."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    """bf16 or fp16 where `precision` asks for it.
+
+    Raises:
+        UsageError: it asks for something else.
+    """
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision '{precision}' is unknown", f"use one of {', '.join(get_args(Precision))}")
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Suspect:
         step: The update it belongs to.
         lr: Learning rate of that update.
         batch_size: Images per update over all processes.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
     """
 
     images: Sequence[Tensor]

@@ -172,7 +172,7 @@ class Predictor:
         model: With `detect(images)`; is put into eval mode and moved.
         categories: (id, name) of each label.
         device: auto, cpu, cuda, cuda:N.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
         score_threshold: What scores less is left out; 0 leaves it to the model.
         max_detections: Of one image; None leaves it to the model.
         max_pixels: Largest image read from a file, height * width.
@@ -224,7 +224,7 @@ class Predictor:
             path: Weights of ours, or a last.ckpt.
             method: The paper's package; None: found among the installed ones.
             device: auto, cpu, cuda, cuda:N.
-            precision: fp32 or bf16.
+            precision: fp32, bf16 or fp16.
             score_threshold: What scores less is left out; also lowers the model's own threshold if that is higher.
             max_detections: Of one image; None: as the weights' config says.
             max_pixels: Largest image read from a file, height * width.

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from onestage.config import ScheduleConfig
+from onestage.config import Precision, ScheduleConfig
 from onestage.data.loader import InstanceDataset, ResumableSampler, WorkerDied, make_loader
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, save_checkpoint, save_weights
@@ -52,7 +52,7 @@ class TrainOptions:
 
     Args:
         device: auto, cpu, cuda, cuda:N.
-        precision: bf16 runs the model under autocast.
+        precision: bf16 and fp16 run the model under autocast; fp16 scales the loss.
         seed: Order of the data, augmentation and every draw while training; the model is built before.
         deterministic: Ask the GPU for deterministic algorithms too; the CPU always uses them.
         compile: Run the network by `torch.compile`, compiled anew for a new input size; losses stay as they are.
@@ -64,14 +64,15 @@ class TrainOptions:
         log_every: Steps between rows of metrics.
         resume: A last.ckpt to go on from.
         stop_after: Stop, saved and resumable, once this many steps are done.
-        nan_policy: What a loss that is not finite does: stop the run, or skip the step, up to MAX_SKIPPED in a row.
+        nan_policy: What a loss that is not finite does: stop the run, or skip the step, up to MAX_SKIPPED in a row. In
+            fp16 a step whose gradients alone are not is skipped anyway, until the loss is not scaled up any more.
         metric: The number that decides which weights are the best; of a model without masks that of its boxes.
         eval_batch: Images per forward pass of an evaluation.
         progress: Show bars on stderr.
     """
 
     device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: int = 0
     deterministic: bool = False
     compile: bool = False
@@ -182,7 +183,7 @@ class _State:
     epoch: int = 0
     batch: int = 0  # batches of this epoch that this process has taken
     epoch_loss: float = 0.0  # sum over them
-    skipped: int = 0  # steps without an update, nan_policy "skip"
+    skipped: int = 0  # steps without an update: nan_policy "skip", gradients that overflow in fp16
     judged: int = 0  # step of the last evaluation
     rows: int = 0  # of metrics, written so far
     plateau: Plateau = field(default_factory=Plateau)
@@ -237,6 +238,7 @@ class _Run:
 
         self.model = _synchronised(model, options).to(self.device)
         self.optimizer = make_optimizer(model, self.schedule)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
         self.average = None if self.schedule.ema is None else AveragedModel(model, multi_avg_fn=_ema(self.schedule.ema))
         self.state = _State()
         self.skipped_in_a_row = 0
@@ -316,18 +318,40 @@ class _Run:
                     self.refuse(suspect, losses, terms)
                     self.optimizer.zero_grad(set_to_none=True)
                     return math.nan, stop
-                (torch.stack(list(losses.values())).sum() / options.accumulate).backward()
+                self.scaler.scale(torch.stack(list(losses.values())).sum() / options.accumulate).backward()
             loss += sum(terms.values()) / options.accumulate
             self.window.add(terms, len(images) * distributed.world_size())
             self.note_batch(sum(terms.values()))
         self.skipped_in_a_row = 0
-        if schedule.clip_norm is not None:
-            self.window.add_norm(nn.utils.clip_grad_norm_(self.model.parameters(), schedule.clip_norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
+        if self.learn() and self.average is not None:
             self.average.update_parameters(self.model)
         return loss, stop
+
+    def learn(self) -> bool:
+        """Updates the parameters by their gradients, unless these overflowed in fp16; returns whether it did.
+
+        Raises:
+            NonFiniteLoss: they did so although the loss was not scaled up any more.
+        """
+        scaler, clip_norm = self.scaler, self.schedule.clip_norm
+        scale = scaler.get_scale()
+        scaler.unscale_(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() >= scale:
+            if clip_norm is not None:
+                self.window.add_norm(nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm))
+            # Not `scaler.step`: it calls fused optimisers for a skipped step too, whose momentum starts from whatever
+            # is in memory then (torch 2.11).
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return True
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.skipped += 1
+        what = f"gradients are not finite at step {self.state.step}, of a loss times {scale:g}"
+        if scale <= 1:  # it was halved in every step before
+            raise NonFiniteLoss(what, "use --precision bf16 or fp32, or a lower learning rate")
+        say(f"{what}; step skipped, and the next ones use {scaler.get_scale():g}")
+        return False
 
     def take(self, batches: Iterator[_Position], part: int) -> _Position:
         """The next batch. If the loader dies between two steps, the run is saved; within one it stays where it was."""
@@ -445,6 +469,7 @@ class _Run:
                 "ema": None if self.average is None else self.average.module.state_dict(),
                 "ema_updates": 0 if self.average is None else int(self.average.n_averaged),
                 "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "info": replace(self.info, steps=self.state.step, metrics=self.state.metrics).to_json(),
             },
         )
@@ -469,6 +494,8 @@ class _Run:
             raise UsageError(
                 f"'{path}' groups parameters otherwise than this run ({error})", "resume with the config of that run"
             ) from error
+        if saved.get("scaler"):  # of a run in fp16
+            self.scaler.load_state_dict(saved["scaler"])
         self.state = _State(**{**saved["state"], "plateau": Plateau(**saved["state"]["plateau"])})
         self.seconds_before = saved.get("seconds", 0.0)
         say(f"resumed from {path} after step {self.state.step}")

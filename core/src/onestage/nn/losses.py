@@ -26,6 +26,14 @@ def sigmoid_focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: fl
     return sigmoid_focal_loss(logits.float(), onehot.float(), alpha=alpha, gamma=gamma, reduction="sum")
 
 
+def zero_of(*outputs: Tensor) -> Tensor:
+    """[] float32 0, connected to the outputs: a batch without positives gives their parameters a gradient, too.
+
+    The sums are float32: those of float16 outputs overflow, and 0 times infinity is no number.
+    """
+    return torch.stack([0 * output.sum(dtype=torch.float32) for output in outputs]).sum()
+
+
 def iou_loss(boxes: Tensor, targets: Tensor, legacy: bool = False) -> Tensor:
     """-ln(IoU) of each pair (Yu et al. 2016), at most -ln(1e-6).
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onestage.boxes import iou_matrix
-from onestage.nn.losses import sigmoid_focal
+from onestage.nn.losses import sigmoid_focal, zero_of
 from onestage.nn.towers import TowerNorm, conv_tower, flatten_levels, init_normal, prior_bias
 from onestage.structures import Target
 
@@ -271,7 +271,7 @@ def detection_losses(
     """
     counted = assignment.labels != IGNORED
     class_loss = sigmoid_focal(logits[counted], assignment.labels[counted], alpha, gamma)
-    box_loss = 0 * deltas.sum()
+    box_loss = zero_of(deltas)
     for i, index in enumerate(assignment.index):
         positive = (index >= 0).nonzero().flatten()
         pairs = anchors[positive], boxes[i][index[positive]]

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onestage.config import InputConfig, config_from_dict, for_trunk, of_length, rescaled, resized
+from onestage.config import InputConfig, Precision, config_from_dict, for_trunk, of_length, rescaled, resized
 from onestage.errors import DatasetError, UsageError, some
 from onestage.files import file_digest
 from onestage.method import Method
@@ -51,7 +51,7 @@ class Settings:
         limit: Use the first so many images of each split.
         difficulty: Of generated shapes.
         device: auto, cpu, cuda, cuda:N.
-        precision: bf16 trains and evaluates under autocast.
+        precision: bf16 and fp16 train and evaluate under autocast.
         workers: Processes that read images, for each training.
         processes: Processes of each training; more than one starts them with torchrun.
         accumulate: Forward passes of a step.
@@ -67,7 +67,7 @@ class Settings:
     limit: int | None = None
     difficulty: Literal["easy", "medium", "hard"] = "easy"
     device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     workers: int | None = None
     processes: int = 1
     accumulate: int = 1
