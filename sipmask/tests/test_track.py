@@ -176,6 +176,39 @@ def test_sources_that_cannot_be_used_say_why(here, frames):
         list(open_source(str(frames), package="sipmask"))
 
 
+def test_predict_track_is_the_same_as_track(here, frames, weights, capsys, monkeypatch):
+    words = [str(frames), "--weights", str(weights), "--score-thr", "0.0", "--stride", "2", "--device", "cpu"]
+    assert main(METHOD, "track", ["-q", *words, "--output", "first"]) == 0
+    monkeypatch.setattr("sys.argv", ["sipmask", "predict", *words, "--track"])
+    opened = []
+    monkeypatch.setattr("onestage.cli.predict.viewer", lambda: "")
+    monkeypatch.setattr("onestage.cli.predict.show", opened.append)
+    code = main(METHOD, "predict", ["-q", *words, "--track", "--show", "--json", "--output", "second"])
+    assert code == 0
+    result = json.loads(capsys.readouterr().out.strip())
+    assert (result["frames"], result["run"], opened) == (3, "second", [[Path("second/tracked.mp4")]])
+    for name in ("tracks.jsonl", "results.json"):
+        assert Path("first", name).read_text() == Path("second", name).read_text()
+    command = json.loads(Path("second/environment.json").read_text())["command"]
+    assert command.split() == ["python", "-m", "sipmask.track", *words]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["clip", "--classes", "ring"], "--track has no use for --classes"),
+        (["clip", "--mask-format", "png"], "--track has no use for --mask-format"),
+        (["clip", "other"], "--track follows objects through one video, and 2 are named"),
+        ([], "no SOURCE"),
+    ],
+)
+def test_predict_track_refuses_what_tracking_does_not_know(here, capsys, words, what):
+    assert main(METHOD, "predict", ["--weights", "x.safetensors", "--track", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {what}\n  fix: ")
+    assert err.count("\n") == 2
+
+
 def test_weights_of_an_image_model_are_refused(here, frames, capsys):
     from dataclasses import asdict
 

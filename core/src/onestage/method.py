@@ -35,6 +35,8 @@ class Method:
         polygons: Training targets carry polygons too.
         is_video: Config to whether its model follows objects through videos: then training samples are pairs of frames
             (`Target.reference`), evaluation runs over videos, and the model has `tracker()`.
+        track: Settings of `predict`, by name, to what `--json` prints: follows objects through the video that `source`
+            names. None where no model does.
         finish: (trained model, training data) to its new config: a second stage that leaves the trained network as it
             is, run by `demo`; after `train` it is a verb of its own. None where there is no such thing.
         after_training: Fields of the config that training does not read: rows of a table that differ in nothing else
@@ -57,6 +59,7 @@ class Method:
     prepare: Callable[[nn.Module, Any], None] | None = None
     polygons: bool = False
     is_video: Callable[[Any], bool] = lambda config: False
+    track: Callable[..., dict[str, Any]] | None = None
     finish: Callable[[nn.Module, Any], Any] | None = None
     after_training: tuple[str, ...] = ("inference",)
     tables: Callable[[], Sequence[Table]] = tuple

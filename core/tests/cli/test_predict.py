@@ -3,8 +3,10 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -431,3 +433,56 @@ def test_without_pyav_a_video_says_what_to_install(call, here, weights, monkeypa
     assert err == (
         f"error: SOURCE 'clip.mp4' is a video and PyAV is not installed\n  fix: pip install './{method.name}[video]'\n"
     )
+
+
+def test_a_package_that_does_not_track_says_so(call, here, weights):
+    code, _, err = call("predict clip.mp4 --track", "--weights", weights)
+    assert code == 2
+    assert err.startswith("error: --track: onestage finds instances image by image, and cannot follow objects\n  fix: ")
+    assert err.count("\n") == 2
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A machine with a display; the commands that open something on it are listed."""
+    opened = []
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    popen = SimpleNamespace(Popen=lambda command, **_: opened.append(command), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("onestage.cli.show.subprocess", popen)
+    return opened
+
+
+def test_show_opens_the_pictures_or_the_folder_of_many(call, here, weights, screen):
+    for number in range(6):
+        photo(here / "in" / f"{number}.jpg", seed=number)
+    words = ["--weights", weights, "--show", "--device", "cpu"]
+    assert call("predict in/0.jpg in/1.jpg --output two", *words)[0] == 0
+    pictures = [here / "two" / "images" / name for name in ("0.jpg", "1.jpg")]
+    assert screen == [["/usr/bin/xdg-open", str(picture)] for picture in pictures]
+    assert all(picture.is_file() for picture in pictures)
+    screen.clear()
+    assert call("predict in --output all", *words)[0] == 0
+    assert screen == [["/usr/bin/xdg-open", str(here / "all" / "images")]]
+
+
+def test_show_opens_a_video(call, here, weights, screen):
+    clip(here / "clip.mp4")
+    assert call("predict clip.mp4 --output out --show", "--weights", weights, "--device", "cpu")[0] == 0
+    assert screen == [["/usr/bin/xdg-open", str(here / "out" / "predicted.mp4")]]
+
+
+def test_show_without_display_viewer_or_pictures_ends_before_anything_is_read(call, here, weights, screen, monkeypatch):
+    code, _, err = call("predict nothing.jpg --show --save json", "--weights", weights)
+    assert (code, err.splitlines()[0]) == (2, "error: --show opens pictures, and --save leaves them out")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    code, _, err = call("predict nothing.jpg --show", "--weights", weights)
+    assert (code, err.splitlines()[0]) == (5, "error: --show needs 'xdg-open', which is not installed")
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    code, _, err = call("predict nothing.jpg --show", "--weights", weights)
+    assert code == 5
+    assert err.startswith("error: --show needs a display, and there is none")
+    assert err.count("\n") == 2
+    assert not Path("runs").exists()

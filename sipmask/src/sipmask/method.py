@@ -1,6 +1,6 @@
 """SipMask as the core's engine and command line see it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onestage.method import Method
 from sipmask.config import VARIANTS, SipMaskConfig
@@ -52,6 +52,13 @@ def track(words: list[str]) -> int:
     return run(words)
 
 
+def follow(**settings: Any) -> dict[str, Any]:
+    """Follows objects as the verb `track` with these flags does, by name; returns what `--json` prints."""
+    from sipmask.track import Track, track
+
+    return track(Track(**settings))
+
+
 def tables() -> "tuple[Table, ...]":
     """The tables of the paper, as data."""
     from sipmask.tables import TABLES
@@ -71,6 +78,7 @@ METHOD = Method(
     convert=convert,
     infer_config=infer_config,
     is_video=is_video,
+    track=follow,
     extra_verbs={"to_video": to_video, "track": track},
     tables=tables,
 )

@@ -48,6 +48,14 @@ class Track(Talk):
 def run(words: list[str]) -> int:
     """Runs the verb with the words after it; returns the exit code."""
     flags = parse_flags(Track, words, "python -m sipmask.track")
+    result = track(flags)
+    if flags.json:
+        print(json.dumps(result))
+    return 0
+
+
+def track(flags: Track) -> dict[str, Any]:
+    """Follows objects as the flags say; returns what `--json` prints."""
     _check(flags)
     assert flags.weights is not None
     # The imports are here because these modules load torch.
@@ -71,18 +79,15 @@ def run(words: list[str]) -> int:
             "train a video variant: python -m sipmask.train --variant video_small --data DATA",
         )
     if flags.dry_run:
-        result: dict[str, Any] = {"dry_run": True, "frames": source.num_frames}
-    else:
-        settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items()}
-        record = {"package": "sipmask", "verb": "track", "flags": settings, "model": asdict(predictor.model.config)}
-        with open_run("sipmask", "track", record, output=flags.output, overwrite=flags.overwrite) as folder:
-            result = _track(source, predictor, flags, folder.folder)
-            folder.write("summary.json", result)
-            if result["interrupted"]:
-                raise SystemExit(result["interrupted"])
-    if flags.json:
-        print(json.dumps(result))
-    return 0
+        return {"dry_run": True, "frames": source.num_frames}
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items()}
+    record = {"package": "sipmask", "verb": "track", "flags": settings, "model": asdict(predictor.model.config)}
+    with open_run("sipmask", "track", record, output=flags.output, overwrite=flags.overwrite) as folder:
+        result = _track(source, predictor, flags, folder.folder)
+        folder.write("summary.json", result)
+        if result["interrupted"]:
+            raise SystemExit(result["interrupted"])
+        return result
 
 
 def _check(flags: Track) -> None:

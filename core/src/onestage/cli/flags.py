@@ -162,6 +162,8 @@ class Predict(Common):
     skip_existing: Switch = False  # leave out images that --output already has
     shard: str = "0/1"  # I/N: every N-th image starting with image I, for N machines
     stride: int = 1  # every n-th image or frame
+    track: Switch = False  # follow objects through a video; of packages with the verb track, and the same as that
+    show: Switch = False  # open what was drawn in the system's viewer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from onestage.cli.app import config_record
 from onestage.cli.flags import Call
 from onestage.cli.runs import open_run
+from onestage.cli.show import show, viewer
 from onestage.data.coco import read_image
 from onestage.data.frames import (
     IMAGE_SUFFIXES,
@@ -42,6 +43,9 @@ from onestage.method import Method
 
 logger = logging.getLogger("onestage")
 WRITE_EVERY = 100  # images
+# Flags that mean the same in tracking.
+TRACKED = ("weights", "score_thr", "max_dets", "stride", "limit", "max_pixels", "output", "overwrite", "device")
+TRACKED += ("precision", "dry_run", "json", "quiet", "verbose")
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,15 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     if flags.weights is None:
         raise UsageError("--weights is missing", f"python -m {method.name}.predict IMAGE --weights best.safetensors")
+    if flags.show:
+        viewer()  # tells before anything is computed that there is none
+    if flags.track:
+        return _track(method, call)
     if len(flags.source) == 1 and is_video(flags.source[0]):
         return _run_video(method, call, flags.source[0])
     if "video" in flags.save:
         raise UsageError("--save video is for a video or a camera", "leave it away; --save image draws on images")
+    _check_shown(flags, flags.save)
     sources = _share(find_sources(flags.source), flags)
     _check_apart(sources, flags.output)
     predictor = _predictor(method, flags)
@@ -80,6 +89,7 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         if keep:
             run.describe()
         bad: list[str] = []
+        drawn: list[Path] = []
         num_images = num_instances = 0
         pace = 0.1 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log wants few
         bar = tqdm(todo, "predict", unit="image", disable=flags.quiet, leave=False, mininterval=pace)
@@ -98,7 +108,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
                         continue
                     result = _chosen(predictor(image), wanted)
                     if "image" in flags.save:
-                        _save_picture(run.folder / "images" / f"{source.name}.jpg", image, result)
+                        drawn.append(run.folder / "images" / f"{source.name}.jpg")
+                        _save_picture(drawn[-1], image, result)
                     if _saves_masks(flags):
                         _save_masks(run.folder / "masks", source.name, result)
                     if book is not None:
@@ -111,6 +122,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         if signals.number is not None and num_images + len(bad) < len(todo):
             logger.info("stopped by signal %d; the same command with --skip-existing goes on", signals.number)
             raise SystemExit(128 + signals.number)
+        if flags.show:
+            show(drawn)
         if bad:
             raise DatasetError(
                 f"{len(bad)} of {len(sources)} images could not be read: {some(bad)}",
@@ -125,12 +138,42 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         }
 
 
+def _track(method: Method, call: Call) -> dict[str, Any]:
+    """The method's own verb `track`, with the flags that it shares."""
+    flags = call.flags
+    if method.track is None:
+        raise UsageError(
+            f"--track: {method.name} finds instances image by image, and cannot follow objects",
+            "leave --track away: each frame of a video is looked at by itself",
+        )
+    useless = sorted(call.given - {*TRACKED, "track", "show", "config"})
+    if useless:
+        raise UsageError(
+            f"--track has no use for --{useless[0].replace('_', '-')}",
+            f"leave it away, or see: python -m {method.name}.track --help",
+        )
+    if len(flags.source) > 1:
+        raise UsageError(f"--track follows objects through one video, and {len(flags.source)} are named", "name one")
+    settings = {name: getattr(flags, name) for name in TRACKED}
+    result = method.track(source=flags.source[0] if flags.source else None, **settings)
+    if flags.show and "run" in result:
+        video = Path(result["run"], "tracked.mp4")
+        show([video if video.is_file() else video.with_name("frames")])
+    return result
+
+
+def _check_shown(flags: Any, save: Sequence[str]) -> None:
+    if flags.show and not {"image", "video"} & {*save}:
+        raise UsageError("--show opens pictures, and --save leaves them out", "add image to --save")
+
+
 def _run_video(method: Method, call: Call, word: str) -> dict[str, Any]:
     """The same for the frames of a video or a camera, one after the other: memory does not grow with their number."""
     flags = call.flags
     if flags.shard != "0/1" or flags.skip_existing:
         raise UsageError("--shard and --skip-existing are for images", f"name '{word}' alone, or a folder of frames")
     save = flags.save if "save" in call.given else ("video", "json")
+    _check_shown(flags, save)
     source = open_source(word, package=method.name, max_pixels=flags.max_pixels)
     predictor = _predictor(method, flags)
     wanted = _labels(predictor.categories, flags.classes)
@@ -142,6 +185,10 @@ def _run_video(method: Method, call: Call, word: str) -> dict[str, Any]:
         result = _predict_frames(source, predictor, wanted, save, flags, run.folder)
         if result["interrupted"]:
             raise SystemExit(result["interrupted"])
+        if flags.show:
+            video = run.folder / "predicted.mp4"
+            frames = run.folder / ("frames" if "video" in save else "images")
+            show([video if video.is_file() else frames])
         return result | {"run": str(run.folder)}
 
 

@@ -258,6 +258,8 @@ def _trace(kind: type[BaseException], error: BaseException | None, trace: Traceb
 
 def _arguments(verb: str) -> list[str]:
     words = sys.argv[1:]
+    if verb == "track" and "--track" in words:  # the words were of `predict`
+        verb, words = "predict", [word for word in words if word not in ("--track", "--show")]
     return words[1:] if words[:1] == [verb] else words
 
 

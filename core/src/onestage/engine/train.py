@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -238,7 +239,7 @@ class _Run:
 
         self.model = _synchronised(model, options).to(self.device)
         self.optimizer = make_optimizer(model, self.schedule)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+        self.scaler = GradScaler(self.device.type, enabled=options.precision == "fp16")
         self.average = None if self.schedule.ema is None else AveragedModel(model, multi_avg_fn=_ema(self.schedule.ema))
         self.state = _State()
         self.skipped_in_a_row = 0
