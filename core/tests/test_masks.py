@@ -35,6 +35,18 @@ def test_window_and_pixels_of_a_small_mask_by_hand():
     assert masks.offsets.tolist() == [0, 4]
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_mirrored_masks_are_those_of_the_mirror_image(size, packed):
+    dense = random_masks(size, seed=3)
+    masks = Masks.from_bool(dense)
+    if packed:
+        masks = Masks(size, masks.windows, masks.words)
+    assert torch.equal(masks.mirrored().to_bool(), dense.flip(-1))
+    assert torch.equal(masks.mirrored().mirrored().windows, masks.windows)
+    assert len(Masks.empty(size).mirrored()) == 0
+
+
 def test_run_lengths_by_hand():
     dense = torch.tensor([[[0, 1], [1, 1]], [[1, 1], [0, 0]]])
     runs = [[1, 3], [0, 1, 1, 1, 1]]

@@ -24,6 +24,25 @@ def _detections(count=3):
     return Detections((8, 8), boxes, scores, torch.arange(count), Masks.from_bool(masks))
 
 
+def test_mirrored_detections_by_hand():
+    found = replace(_detections(1), unrefined_boxes=torch.tensor(BOX) + 1, mask_scores=torch.tensor([0.5]))
+    mirrored = found.mirrored()
+    assert mirrored.boxes.tolist() == [[3.0, 2.0, 7.0, 6.0]]
+    assert mirrored.unrefined_boxes.tolist() == [[2.0, 3.0, 6.0, 7.0]]
+    assert mirrored.masks.windows.tolist() == [[4, 2, 7, 5]]
+    assert mirrored.mask_scores.tolist() == [0.5]
+    assert found.boxes.tolist() == BOX
+
+
+def test_detections_of_an_image_can_be_joined_and_lose_what_only_some_have():
+    first, second = replace(_detections(2), mask_scores=torch.ones(2)), _detections(1).mirrored()
+    both = Detections.cat((first, second))
+    assert len(both) == 3
+    assert torch.equal(both.boxes, torch.cat((first.boxes, second.boxes)))
+    assert torch.equal(both.masks.to_bool(), torch.cat((first.masks.to_bool(), second.masks.to_bool())))
+    assert both.mask_scores is None
+
+
 @pytest.mark.parametrize("count", [0, 1, 4])
 @pytest.mark.parametrize("packed", [True, False])
 def test_detections_travel_to_the_host_together(count, packed, monkeypatch):

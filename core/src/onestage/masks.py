@@ -154,6 +154,13 @@ class Masks:
         chosen = [parts[i] for i in index]
         return Masks(self.size, self.windows[index], torch.cat(chosen) if chosen else self.stored[:0])
 
+    def mirrored(self) -> Masks:
+        """The masks of the image's mirror image, left for right; on a GPU the host waits for packed ones."""
+        x0, y0, x1, y1 = self.windows.unbind(1)
+        windows = torch.stack((self.size[1] - x1, y0, self.size[1] - x0, y1), 1)
+        parts = [columns.flip(0).flatten() for columns in self._columns()]
+        return Masks(self.size, windows, torch.cat(parts) if parts else self.pixels)
+
     @property
     def device(self) -> torch.device:
         return self.stored.device

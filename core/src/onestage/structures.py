@@ -7,7 +7,7 @@ xyxy (width = x2 - x1) unless a name says `legacy`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -296,6 +296,35 @@ class Detections:
     def __getitem__(self, keep: Tensor | slice) -> Detections:
         """The detections that `keep` (bool, int64 index or slice) selects."""
         return self._map(lambda part: part[keep])
+
+    @staticmethod
+    def cat(parts: Sequence[Detections]) -> Detections:
+        """Those of one image, one after the other: no longer sorted. What some of them lack is left out."""
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if any(value is None for value in values):
+                return None
+            return Masks.cat(values) if isinstance(values[0], Masks) else torch.cat(values)
+
+        names = [entry.name for entry in fields(Detections) if entry.name != "image_size"]
+        return Detections(parts[0].image_size, **{name: joined(name) for name in names})
+
+    def mirrored(self) -> Detections:
+        """The same things in the image's mirror image, left for right."""
+
+        def boxes(boxes: Tensor) -> Tensor:
+            turned = boxes[:, [2, 1, 0, 3]]
+            turned[:, ::2] = self.image_size[1] - turned[:, ::2]
+            return turned
+
+        return replace(
+            self,
+            boxes=boxes(self.boxes),
+            masks=None if self.masks is None else self.masks.mirrored(),
+            soft_masks=None if self.soft_masks is None else self.soft_masks.flip(-1),
+            unrefined_boxes=None if self.unrefined_boxes is None else boxes(self.unrefined_boxes),
+        )
 
     def to(self, device: torch.device | str) -> Detections:
         """On another device; from a GPU to the CPU everything travels together, and the host waits once."""

@@ -19,6 +19,7 @@ from onestage.structures import Detections
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     score_threshold: float = 0.05
+    iou_threshold: float = 0.5
     max_detections: int = 100
 
 

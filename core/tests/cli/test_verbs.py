@@ -339,6 +339,20 @@ def test_eval_without_weights_says_that_numbers_are_random(call, shapes):
     assert "no --weights: small with random parameters" in err
 
 
+def test_eval_with_test_time_augmentation_says_so(call, shapes):
+    words = ["eval", "--small", "--device", "cpu", "--data", "shapes", "--json"]
+    for more, said in (([], None), (["--tta"], "flip")):
+        code, out, err = call(*words, *more)
+        assert code == 0, err
+        result = json.loads(out)
+        assert result["tta"] == said
+        assert json.loads(Path(result["run"], "metrics.json").read_text())["tta"] == said
+        assert ("test-time augmentation" in err) == bool(said)
+    code, _, err = call("eval --tta --data shapes --results", result["results"])
+    assert (code, err.count("\n")) == (2, 2)
+    assert err.startswith("error: --tta is for weights")
+
+
 def test_eval_of_weights_and_results_at_once_is_refused(call, shapes):
     assert call("eval", "--data", "shapes", "--weights", "a", "--results", "b")[0] == 2
 

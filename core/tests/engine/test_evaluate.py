@@ -1,10 +1,11 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from onestage.engine.coco_eval import CocoEvaluator
-from onestage.engine.evaluate import evaluate
+from onestage.engine.evaluate import detect_twice, evaluate
 from onestage.errors import DatasetError, UsageError
 from onestage.masks import Masks
 from onestage.structures import Detections
@@ -39,6 +40,46 @@ def test_perfect_detections_score_one(tiny, workers, batch_size):
     assert metrics["bbox/AP"] == metrics["segm/AP"] == metrics["segm/AP/left"] == pytest.approx(1)
     assert [entry["image_id"] for entry in results] == list(range(7))
     assert model.training
+
+
+class LeftEye(Oracle):
+    """Sees the left half of an image only; `config` says how mirror images are merged."""
+
+    config = SimpleNamespace(inference=SimpleNamespace(iou_threshold=0.5, max_detections=3))
+
+    def square(self, bright):
+        bright = bright.clone()
+        bright[:, bright.shape[1] // 2 :] = False
+        nothing = Detections(tuple(bright.shape), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        found = super().square(bright) if bright.any() else replace(nothing, masks=Masks.from_bool(bright[None][:0]))
+        return replace(found, labels=0 * found.labels)
+
+
+@torch.no_grad()
+def test_test_time_augmentation_maps_back_what_the_mirror_image_shows():
+    image = torch.zeros(3, 8, 16, dtype=torch.uint8)
+    image[:, 2:6, 9:14] = 200
+    model = LeftEye().eval()
+    assert len(model.detect([image])[0]) == 0
+    (found,) = detect_twice(model, [image])
+    assert found.boxes.tolist() == [[9, 2, 14, 6]]
+    assert torch.equal(found.masks.to_bool()[0], image[0] > 0)
+
+
+@torch.no_grad()
+def test_test_time_augmentation_keeps_the_better_of_two_that_overlap_and_at_most_so_many(tiny):
+    image = torch.zeros(3, 8, 16, dtype=torch.uint8)
+    image[:, 2:6, 1:5] = 200
+    image[:, 2:6, 12:15] = 200
+    (found,) = detect_twice(LeftEye().eval(), [image])
+    assert found.boxes.tolist() == [[1, 2, 5, 6], [12, 2, 15, 6]]  # one of each eye
+    whole = Oracle()  # its class follows from the side: two equal boxes of two classes
+    whole.config = LeftEye.config
+    metrics, results = evaluate(whole, tiny.TinySet(12), tta=True, progress=False)
+    assert len(results) == 2 * 12
+    assert metrics["segm/AR100"] == pytest.approx(1)
+    whole.config = SimpleNamespace(inference=SimpleNamespace(iou_threshold=0.5, max_detections=1))
+    assert len(evaluate(whole, tiny.TinySet(12), tta=True, progress=False)[1]) == 12
 
 
 def test_the_numbers_are_those_of_the_results(tiny):

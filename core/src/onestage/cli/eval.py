@@ -36,6 +36,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     flags = call.flags
     if flags.weights is not None and flags.results is not None:
         raise UsageError("--weights and --results are both given", "leave one of the two away")
+    if flags.tta and flags.results is not None:
+        raise UsageError("--tta is for weights, and --results are what they are", "leave one of the two away")
     device = distributed.start(flags.device)
     if not distributed.rank_zero():
         logger.setLevel(logging.WARNING)
@@ -77,6 +79,8 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
     if info is not None:
         config = call.on_top_of(config_from_dict(method.config_type, info.config, f"{flags.weights}: config"))
     video = method.is_video(config)
+    if video and flags.tta:
+        raise UsageError("--tta is for images, and this model follows objects through videos", "leave --tta away")
     dataset: Any = open_videos(call, "val") if video else open_split(call, "val")
     if info is None:
         logger.info("no --weights: %s with random parameters (seed %d); AP will be about 0", flags.variant, flags.seed)
@@ -105,7 +109,7 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         }
         if video:
             return evaluate_videos(model, dataset, **settings)
-        return evaluate(model, dataset, iou_types=flags.iou_types, backend=flags.backend, **settings)
+        return evaluate(model, dataset, iou_types=flags.iou_types, backend=flags.backend, tta=flags.tta, **settings)
 
     if not distributed.rank_zero():
         metrics = dict(compute()[0])
@@ -115,11 +119,14 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
         metrics, results = compute()
         path = run.folder / "results.json"
         write_atomically(path, _json(results))
-        run.write("metrics.json", metrics)
+        augmentation = {"tta": "flip" if flags.tta else None}
+        run.write("metrics.json", metrics | augmentation)
         things, key = ("tracks", "video") if video else ("detections", "image")
         found_in = len({entry[f"{key}_id"] for entry in results})
         logger.info("%d %s in %d of %d %ss: %s", len(results), things, found_in, len(dataset), key, path)
         say_metrics(metrics)
+        if flags.tta:
+            logger.info("with test-time augmentation: images and their mirror images, merged by NMS")
         num_skipped = say_skipped(dataset)
         if flags.data is not None:
             words = ["--data", str(flags.data), "--results", str(path), *_repeated(call, REPEATED)]
@@ -132,6 +139,7 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
             f"{key}s_with_{things}": found_in,
             things: len(results),
             "bad_samples": num_skipped,
+            **augmentation,
             "weights": None if flags.weights is None else str(flags.weights),
             "results": str(path),
             "seconds": round(run.seconds, 1),

@@ -141,6 +141,7 @@ class Eval(Model, Data, Reading):
     iou_types: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm")
     max_dets: tuple[int, int, int] = (1, 10, 100)  # detections per image that AR counts; the last one for AP
     backend: Literal["pycocotools", "faster-coco-eval"] = "pycocotools"  # equal numbers; the second is quicker
+    tta: Switch = False  # test-time augmentation: look at mirror images too, and merge what both have by NMS
     score_thr: float | None = None  # short for --model.inference.score-threshold
     batch_size: int = 1  # images at once
 

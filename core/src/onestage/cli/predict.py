@@ -44,8 +44,10 @@ from onestage.method import Method
 logger = logging.getLogger("onestage")
 WRITE_EVERY = 100  # images
 # Flags that mean the same in tracking.
-TRACKED = ("weights", "score_thr", "max_dets", "stride", "limit", "max_pixels", "output", "overwrite", "device")
-TRACKED += ("precision", "dry_run", "json", "quiet", "verbose")
+TRACKED = (
+    *("weights", "score_thr", "max_dets", "stride", "limit", "max_pixels", "output", "overwrite", "device"),
+    *("precision", "dry_run", "json", "quiet", "verbose"),
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from onestage.engine.coco_eval import Backend, CocoEvaluator
 from onestage.engine.guard import autocast
 from onestage.engine.ytvis_eval import VideoEvaluator
 from onestage.errors import DatasetError, UsageError, UserError
+from onestage.ops.nms import greedy_nms
 from onestage.structures import Detections
 
 
@@ -36,6 +38,7 @@ def evaluate(
     per_class: bool = False,
     categories: Sequence[tuple[int, str]] | None = None,
     backend: Backend = "pycocotools",
+    tta: bool = False,
     progress: bool = True,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Runs `model.detect` over the images and scores what it finds as COCO does.
@@ -54,6 +57,7 @@ def evaluate(
         per_class: Also AP for each category.
         categories: (id, name) of the labels the model gives; None: the data set's.
         backend: What counts.
+        tta: Test-time augmentation: look at mirror images too (`detect_twice`).
         progress: Show a bar on stderr.
 
     Returns:
@@ -82,11 +86,12 @@ def evaluate(
         world=distributed.world_size(),
     )
     bar = _progress(-(-len(dataset) // distributed.world_size()), "image", progress)
+    detect = partial(detect_twice, model) if tta else model.detect
     was_training = model.training
     model.eval()
     with bar, torch.no_grad(), autocast(where, precision):
         for images, targets in loader:
-            found = model.detect([image.to(where, non_blocking=True) for image in images])
+            found = detect([image.to(where, non_blocking=True) for image in images])
             for target, detections in zip(targets, found, strict=True):
                 evaluator.add(target.image_id, detections)
                 if detections.unrefined_boxes is not None and "bbox" in iou_types:
@@ -106,6 +111,25 @@ def evaluate(
     if not metrics:
         raise UsageError("the model finds boxes and no masks", "evaluate --iou-types bbox")
     return metrics, evaluator.results()
+
+
+def detect_twice(model: Any, images: Sequence[Tensor]) -> list[Detections]:
+    """What a model finds in images and in their mirror images, of both the best that NMS within classes leaves.
+
+    Args:
+        model: With `detect(images)`, its `config.inference` says which NMS; in eval mode.
+        images: [3, H, W] each.
+
+    Returns:
+        One for each image, on the CPU.
+    """
+    rules = model.config.inference
+    merged = []
+    for found, mirrored in zip(model.detect(images), model.detect([image.flip(-1) for image in images]), strict=True):
+        both = Detections.cat((found.to("cpu"), mirrored.to("cpu").mirrored()))
+        keep = greedy_nms(both.boxes, both.scores, both.labels, rules.iou_threshold)
+        merged.append(both[keep[: rules.max_detections]])
+    return merged
 
 
 def evaluate_videos(
