@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from onestage.cli.app import main
-from onestage.engine.checkpoint import load_checkpoint, load_weights
+from onestage.engine.checkpoint import load_checkpoint, load_weights, save_weights
 
 
 def train(call, *words):
@@ -351,6 +351,42 @@ def test_eval_with_test_time_augmentation_says_so(call, shapes):
     code, _, err = call("eval --tta --data shapes --results", result["results"])
     assert (code, err.count("\n")) == (2, 2)
     assert err.startswith("error: --tta is for weights")
+
+
+def test_eval_of_several_seeds_gives_mean_and_spread(call, shapes):
+    state, info = load_weights(train(call, "--data", "shapes")["weights"])
+    files = ["first.safetensors", "second.safetensors"]
+    for file, bias in zip(files, (1.0, -10.0), strict=True):  # finds something, and nothing
+        save_weights(file, {**state, "head.bias": torch.full((3,), bias)}, info)
+    words = ["eval", "--device", "cpu", "--data", "shapes", "--json"]
+    single = [json.loads(call(*words, "--weights", file)[1]) for file in files]
+    code, out, err = call(*words, "--output", "both", "--seeds", *files)
+    assert code == 0, err
+    both = json.loads(out)
+    assert single[0]["bbox/AR100"] != single[1]["bbox/AR100"]
+    for name in ("bbox/AR100", "segm/AP"):
+        first, second = (one[name] for one in single)
+        assert both[name] == pytest.approx((first + second) / 2)
+        assert both["spread"][name] == pytest.approx(abs(first - second) / 2**0.5)
+    assert (both["seeds"], both["runs"], both["run"]) == (2, ["both/1", "both/2"], "both")
+    assert json.loads(Path("both/metrics.json").read_text())["spread"] == both["spread"]
+    assert json.loads(Path("both/2/config.json").read_text())["flags"]["weights"] == files[1]
+    assert "bbox/AP" in err
+    code, _, err = call("eval --config both/config.json --output both --overwrite")
+    assert code == 0, err
+
+
+def test_eval_of_seeds_refuses_weights_that_differ_in_more(call, shapes):
+    first = train(call, "--data", "shapes")["weights"]
+    other = train(call, "--data", "shapes", "--optim.lr", "0.5", "--model.grid", "1", "1")["weights"]
+    for words, what in (
+        (["--seeds", first], "--seeds has one file, which has no spread"),
+        (["--seeds", first, other], f"'{other}' and '{first}' have different configurations (grid, schedule)"),
+        (["--seeds", first, first, "--weights", first], "--weights and --seeds are both given"),
+    ):
+        code, _, err = call("eval --data shapes --device cpu", *words)
+        assert (code, err.count("\n")) == (2, 2)
+        assert err.startswith(f"error: {what}\n  fix: ")
 
 
 def test_eval_of_weights_and_results_at_once_is_refused(call, shapes):

@@ -6,6 +6,8 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from onestage.engine.checkpoint import load_into, load_weights
 from onestage.engine.coco_eval import evaluate_results_file
 from onestage.engine.evaluate import evaluate, evaluate_videos
 from onestage.engine.ytvis_eval import evaluate_video_results_file
-from onestage.errors import UsageError
+from onestage.errors import UsageError, some
 from onestage.files import write_atomically
 from onestage.machine import default_workers
 from onestage.method import Method
@@ -34,14 +36,17 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 def run(method: Method, call: Call) -> dict[str, Any]:
     """Evaluates and returns the metrics, as `--json` prints them."""
     flags = call.flags
-    if flags.weights is not None and flags.results is not None:
-        raise UsageError("--weights and --results are both given", "leave one of the two away")
+    given = [f"--{name}" for name in ("weights", "results", "seeds") if getattr(flags, name)]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} are both given", "leave one of the two away")
     if flags.tta and flags.results is not None:
         raise UsageError("--tta is for weights, and --results are what they are", "leave one of the two away")
     device = distributed.start(flags.device)
     if not distributed.rank_zero():
         logger.setLevel(logging.WARNING)
     try:
+        if flags.seeds:
+            return _evaluate_seeds(method, call, device)
         return _evaluate_file(method, call) if flags.results is not None else _evaluate_model(method, call, device)
     finally:
         distributed.stop()
@@ -145,6 +150,49 @@ def _evaluate_model(method: Method, call: Call, device: torch.device) -> dict[st
             "seconds": round(run.seconds, 1),
             "run": str(run.folder),
         }
+
+
+def _evaluate_seeds(method: Method, call: Call, device: torch.device) -> dict[str, Any]:
+    """Evaluates the weights one after the other, each into a folder of its own; the metrics are means."""
+    flags = call.flags
+    if len(flags.seeds) < 2:
+        raise UsageError("--seeds has one file, which has no spread", "name two or more, or use --weights")
+    configs = [load_weights(path, package=method.name)[1].config for path in flags.seeds]
+    for path, config in zip(flags.seeds[1:], configs[1:], strict=True):
+        other = [name for name in configs[0] if config.get(name) != configs[0][name]]
+        if other:
+            raise UsageError(
+                f"'{path}' and '{flags.seeds[0]}' have different configurations ({some(other)})",
+                "give weights that differ in the --seed of their training alone",
+            )
+
+    def compute(folder: Path | None) -> list[dict[str, Any]]:
+        done = []
+        for number, path in enumerate(flags.seeds, 1):
+            logger.info("weights %d of %d: %s", number, len(flags.seeds), path)
+            output = None if folder is None else folder / str(number)
+            single = replace(flags, weights=path, seeds=(), output=output)
+            done.append(_evaluate_model(method, replace(call, flags=single), device))
+        return done
+
+    if flags.dry_run or not distributed.rank_zero():
+        return compute(None)[0]
+    record = config_record(method, call)
+    with open_run(method.name, "eval", record, output=flags.output, overwrite=flags.overwrite) as run:
+        runs = compute(run.folder)
+        numbers = [read_json(Path(one["run"], "metrics.json")) for one in runs]
+        augmentation = {"tta": numbers[0].pop("tta")}
+        metrics = {name: fmean(one[name] for one in numbers) for name in numbers[0]}
+        spread = {name: stdev(one[name] for one in numbers) for name in numbers[0]}
+        summary = metrics | augmentation | {"seeds": len(runs), "spread": spread}
+        run.write("metrics.json", summary)
+        logger.info("means of %d trainings:", len(runs))
+        say_metrics(metrics)
+        for name in ("bbox/AP", "segm/AP"):
+            if name in spread:
+                each = ", ".join(f"{100 * one[name]:.1f}" for one in numbers)
+                logger.info("  %s of each: %s; standard deviation %.2f", name, each, 100 * spread[name])
+        return summary | {"runs": [one["run"] for one in runs], "run": str(run.folder)}
 
 
 def _evaluate_file(method: Method, call: Call) -> dict[str, Any]:

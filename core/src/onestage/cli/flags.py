@@ -137,6 +137,7 @@ class Eval(Model, Data, Reading):
 
     weights: Path | None = None  # .safetensors or last.ckpt
     results: Path | None = None  # a COCO results file to evaluate in place of a model
+    seeds: tuple[Path, ...] = ()  # in place of --weights, those of several trainings: mean and spread of their AP
     per_class: bool = False  # AP of each category too
     iou_types: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm")
     max_dets: tuple[int, int, int] = (1, 10, 100)  # detections per image that AR counts; the last one for AP
@@ -580,4 +581,4 @@ def _get(config: Any, dotted: str) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
