@@ -41,6 +41,7 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     ("nn/imagenet.py", "onestage.engine.checkpoint"),  # the one module that opens weights files
     ("engine/evaluate.py", "onestage.ops.nms"),  # merges what is found in an image and its mirror image
+    ("engine/train.py", "onestage.ops.dispatch"),  # says which kernels run
     ("engine/export.py", "onestage.ops.deform"),  # what deformable convolutions become
     ("cli/train.py", "onestage.nn.imagenet"),  # --weights-backbone
     ("tables/__main__.py", "onestage.cli.tables"),  # the command of this folder's name

@@ -317,10 +317,12 @@ def test_without_validation_the_last_weights_are_the_best(tiny, tmp_path):
     assert run.result.metrics == {}
 
 
-def test_the_run_announces_what_it_will_do(tiny, tmp_path, caplog):
+def test_the_run_announces_what_it_will_do(tiny, tmp_path, caplog, monkeypatch):
+    monkeypatch.delenv("ONESTAGE_KERNELS", raising=False)
     with caplog.at_level(logging.INFO, "onestage"):
         tiny.run_tiny(tmp_path, {"accumulate": 2})
     text = caplog.text
+    assert "threads), 1 processes, ops in plain torch, fp32, 0 loader workers" in text
     assert "10 images, 2 categories (left, right)" in text
     assert "batch 4 = 2 per process x 1 processes x 2 accumulated; sgd, learning rate 0.05 (cosine)" in text
     assert "12 steps" in text

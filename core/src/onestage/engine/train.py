@@ -41,6 +41,7 @@ from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, MachineError, UsageError, some
 from onestage.files import write_atomically
 from onestage.machine import default_workers, peak_memory
+from onestage.ops.dispatch import wants_triton
 from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
@@ -537,7 +538,8 @@ class _Run:
         images = f"{len(self.train_set)} images, {len(names)} categories ({some(names)})"
         kind = "videos" if hasattr(self.val_set, "videos") else "images"
         held_out = "no validation" if self.val_set is None else f"validation {len(self.val_set)} {kind}"
-        say(f"device {_device_name(self.device)}, {options.precision}, {self.workers} loader workers")
+        kernels = "Triton kernels" if wants_triton(torch.empty(0, device=self.device)) else "ops in plain torch"
+        say(f"device {_device_name(self.device)}, {kernels}, {options.precision}, {self.workers} loader workers")
         say(f"data {images}; {held_out}")
         say(
             f"model {learning / 1e6:.2f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters learn"
