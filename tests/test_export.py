@@ -153,13 +153,36 @@ def test_a_fixed_network_takes_its_size_and_refuses_others(call, tmp_path):
     method, config = tiny("meinst")
     config = replace(config, input=replace(config.input, resize="keep_ratio"))
     save(method, config, tmp_path / "w.safetensors")
-    code, record, err = call(method, "--format", "torch", "--no-dynamic")
-    assert code == 0, err
+    code, record, err = call(method, "--format", "torch", "--no-dynamic", "--model.input.test-size", "64", "150")
+    assert code == 0, err  # compared on an image of that shape
+    assert record["input"] == record["differences"]["torch"][0]["input_shape"] == [1, 3, 64, 160]
+    assert "Predictor.from_export('out', runtime='torch')('photo.jpg')" in err
+    code, record, err = call(method, "--format", "torch", "--no-dynamic", "--overwrite")
     assert record["input"] == [1, 3, 64, 96]
     predictor = Predictor.from_export("out", runtime="torch", method=method, score_threshold=0.0)
     assert len(predictor(torch.zeros(3, 64, 96)).boxes.T) == 4
     with pytest.raises(UsageError, match="takes pixels of 1 x 3 x 64 x 96, this batch is 1 x 3 x 96 x 64"):
         predictor(torch.zeros(3, 96, 64))
+
+
+def test_categories_without_names_are_numbers(call, tmp_path):
+    method, config = tiny("sais")
+    save(method, config, tmp_path / "w.safetensors")
+    state, info = engine.load_weights(tmp_path / "w.safetensors")
+    save_weights(tmp_path / "w.safetensors", state, replace(info, categories=()))
+    assert call(method, "--format", "torch", "--no-check", "--no-dynamic")[0] == 0
+    found = Predictor.from_export("out", runtime="torch", method=method, score_threshold=0.0)(torch.rand(3, 64, 96))
+    assert set(found.names) <= {"0", "1", "2"}
+    assert found.category_ids == found.labels.tolist() != []
+
+
+def test_an_opset_that_the_exporter_cannot_write_is_refused(call, tmp_path):
+    method, config = tiny("sais")
+    save(method, config, tmp_path / "w.safetensors")
+    code, record, _ = call(method, "--no-check", "--no-dynamic", "--opset", "99")
+    assert code == 2
+    assert "--opset is 99" in record["error"]
+    assert not (tmp_path / "out" / "network.onnx").exists()
 
 
 def test_weights_of_decoding_must_be_those_of_the_model(call, tmp_path):

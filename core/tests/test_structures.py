@@ -149,6 +149,9 @@ def test_public_forms_of_masks():
     assert found.as_dict()["masks"].shape == (3, 8, 8)
     assert found.as_dict("rle")["masks"][0]["size"] == [8, 8]
     assert "masks" not in found.as_dict("none")
+    packed = found.as_dict("packed")
+    again = Masks.from_bits(packed["masks"], packed["windows"], found.image_size)
+    assert torch.equal(again.to_bool(), found.masks.to_bool())
     with pytest.raises(UsageError, match="mask_output 'polygon' is unknown"):
         found.as_dict("polygon")
 

@@ -348,7 +348,8 @@ class Detections:
 
         Args:
             mask_output: `bool` [N, H, W]; `prob` float32 [N, 1, H, W]; `rle` list of COCO RLE; `packed` bits of the
-                box windows (`Masks.to_bits`); `lowres` float32 [N, 1, h, w]; `none` leaves `masks` out.
+                box windows, and these as `windows` (`Masks.from_bits`); `lowres` float32 [N, 1, h, w]; `none` leaves
+                `masks` out.
 
         Raises:
             UsageError: unknown form.
@@ -368,8 +369,10 @@ class Detections:
             if mask_output == "bool":
                 self._check_memory()
                 public["masks"] = self.masks.to_bool()
+            elif mask_output == "rle":
+                public["masks"] = self.masks.to_rle()
             else:
-                public["masks"] = self.masks.to_rle() if mask_output == "rle" else self.masks.to_bits()
+                public |= {"masks": self.masks.to_bits(), "windows": self.masks.windows}
         return public
 
     def _check_memory(self) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from onestage.cli import convert
 from onestage.cli.app import main
-from onestage.engine.checkpoint import load_checkpoint, load_weights, save_weights
+from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_weights, save_weights
 
 
 def train(call, *words):
@@ -327,6 +328,14 @@ def test_a_model_that_finds_boxes_alone_goes_through_every_verb(method, shapes, 
     assert code == 2
     assert "the model finds boxes and no masks" in err
 
+    timed = f"benchmark --device cpu --iters 1 --warmup 0 --json --weights {trained['weights']}"
+    code, record, err = run(timed)
+    assert code == 0, err
+    assert "masks" not in record["stages"]
+    code, _, err = run(f"{timed} --compare maskrcnn")
+    assert code == 2
+    assert "compares masks, and this model finds boxes" in err
+
     code, shown, err = run("demo --device cpu --json --steps 3 --limit 12")
     assert code == 0, err
     assert {"bbox/AP", "seconds", "page", "run"} == set(shown)
@@ -434,6 +443,7 @@ def test_convert_accounts_for_the_file_and_verifies(call, here):
     code, out, err = call("convert", "--from", "theirs.pth", "--to", "ours.safetensors", "--verify", "--map", "--json")
     assert code == 0, err
     assert json.loads(out)["verified"]
+    assert "every tensor and 3 detections in a random image" in err
     state, info = load_weights("ours.safetensors")
     assert torch.equal(state["head.weight"], torch.ones(3, 1))
     assert len(info.source_sha256) == 64
@@ -442,6 +452,26 @@ def test_convert_accounts_for_the_file_and_verifies(call, here):
     assert "theirs.pth" in out
     code, _, err = call("convert", "--from", "theirs.pth", "--to", "ours.safetensors")
     assert (code, err.splitlines()[0]) == (2, "error: --to 'ours.safetensors' exists")
+
+
+def test_info_of_a_configuration_that_does_not_fit_says_where(call, here):
+    save_weights("odd.safetensors", {}, WeightsInfo(package="onestage", config={"backbone": 3}))
+    code, _, err = call("info", "odd.safetensors")
+    assert (code, err.splitlines()[0]) == (2, "error: odd.safetensors: config.backbone is 3; expected BackboneConfig")
+    save_weights("short.safetensors", {}, WeightsInfo(package="onestage", config={}))
+    code, out, _ = call("info", "short.safetensors")
+    assert code == 0
+    assert "resnet18, input 800 x 1333" in out
+
+
+def test_what_reads_back_with_another_configuration_is_not_verified(call, here, monkeypatch):
+    torch.save({"theirs.weight": torch.ones(3, 1)}, "theirs.pth")
+    written = convert.save_weights
+    monkeypatch.setattr(
+        convert, "save_weights", lambda path, state, info: written(path, state, replace(info, config={"grid": [3, 3]}))
+    )
+    code, _, err = call("convert", "--from", "theirs.pth", "--to", "ours.safetensors", "--verify")
+    assert (code, err.splitlines()[-2]) == (6, "error: 'ours.safetensors' reads back with another configuration")
 
 
 def test_convert_of_a_method_without_official_weights_refuses_with_the_reason(method, here, capsys):

@@ -1,6 +1,9 @@
 """What comparing an exported model with the original says, by hand; whole exports: tests/test_export.py."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +71,12 @@ def test_a_detection_without_a_partner_fails_any_tolerance(boxes, labels):
     assert not found.holds(Tolerance(100.0, 1.0, 1.0))
 
 
+def test_boxes_that_are_no_numbers_pair_with_nothing():
+    ours = detections([[1.0, 1.0, 5.0, 6.0]], [0])
+    found = difference(ours, replace(ours, boxes=ours.boxes * float("nan")))
+    assert found.unpaired == 2
+
+
 def test_the_traced_size_is_the_recipes_unless_sizes_stay_open():
     fixed = InputConfig(resize="fixed", test_size=(550, 550), pad_multiple=1)
     assert example_size(fixed, dynamic=True) == example_size(fixed, dynamic=False) == (550, 550)
@@ -82,11 +91,38 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(monkeypatch):
     assert caught.value.fix == "pip install './toy[export]' in the checkout"
 
 
+def test_a_gpu_is_the_one_that_was_named(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    opened = []
+
+    class Session:
+        def __init__(self, path, options, providers):
+            opened.extend(providers)
+
+        def get_outputs(self):
+            return []
+
+        def get_inputs(self):
+            return [None]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    export._open_onnx(Path("network.onnx"), torch.device("cuda:1"))
+    assert opened == [("CUDAExecutionProvider", {"device_id": 1})]
+
+
+def test_a_folder_of_another_package_is_named_as_that(tmp_path):
+    save_weights(tmp_path / export.DECODE, {}, WeightsInfo(package="toy", config={}))
+    with pytest.raises(WeightsError, match="is a model of toy, not of other") as caught:
+        load_exported(tmp_path, method_of=lambda package: SimpleNamespace(name="other"))
+    assert "python -m toy.predict" in caught.value.fix
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="is no exported model"):
         load_exported(tmp_path, method_of=lambda package: None)
     save_weights(tmp_path / export.DECODE, {}, WeightsInfo(package="toy", config={}))
     (tmp_path / export.CARD).write_text(json.dumps({}))
     with pytest.raises(WeightsError, match=r"has no network.pt2") as caught:
-        load_exported(tmp_path, method_of=lambda package: None, runtime="torch")
+        load_exported(tmp_path, method_of=lambda package: SimpleNamespace(name=package), runtime="torch")
     assert "python -m toy.export" in caught.value.fix

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onestage.cli.flags import Call
+from onestage.config import config_from_dict
 from onestage.engine.checkpoint import WeightsInfo, load_weights, read_state_dict, save_weights
 from onestage.errors import CheckFailed, UsageError, WeightsError, some
 from onestage.files import file_digest
@@ -53,8 +54,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         for name, tensor in state.items():
             logger.info("  %-60s %s", name, list(tensor.shape))
     if flags.verify:
-        _verify(method, model, config, target)
-        logger.info("verified: every tensor and the outputs on a random image are the same after reading back")
+        count = _verify(method, model, config, target)
+        logger.info("verified: every tensor and %d detections in a random image are the same after reading back", count)
     return {
         "to": str(target),
         "variant": variant,
@@ -97,19 +98,27 @@ def _numbered(num_classes: int) -> tuple[tuple[int, str], ...]:
     return tuple((number, f"class {number}") for number in range(num_classes))
 
 
-def _verify(method: Method, model: nn.Module, config: Any, target: Path) -> None:
-    """Compares `model` with one that is built anew from the file: every tensor, and detections on a random image."""
-    state, _ = load_weights(target, package=method.name)
+def _verify(method: Method, model: nn.Module, config: Any, target: Path) -> int:
+    """Compares `model` with one that is built anew from the file: every tensor, and detections on a random image.
+
+    Returns:
+        How many detections were compared.
+    """
+    state, info = load_weights(target, package=method.name)
     ours = model.state_dict()
     differing = [name for name in ours if name not in state or not torch.equal(ours[name], state[name])]
     if differing or state.keys() - ours.keys():
         raise CheckFailed(f"'{target}' reads back differently: {some(differing)}", "convert again, on another disk")
-    again = method.build(config)
+    stored = config_from_dict(method.config_type, info.config, f"{target}: config")
+    if stored != config:
+        raise CheckFailed(f"'{target}' reads back with another configuration", "report this as a bug")
+    again = method.build(stored)
     again.load_state_dict(state, strict=True)
     image = torch.rand(3, 240, 320, generator=torch.Generator().manual_seed(0))
     first, second = (_boxes_and_scores(m, image) for m in (model, again))
     if not torch.equal(first, second):
         raise CheckFailed(f"the model of '{target}' answers differently on the same image", "report this as a bug")
+    return len(first)
 
 
 def _boxes_and_scores(model: nn.Module, image: Tensor) -> Tensor:

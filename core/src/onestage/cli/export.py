@@ -52,9 +52,10 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     model, info = _model(method, call)
     config = model.config
     device = pick_device("cpu" if flags.device == "auto" else flags.device)
-    batches = [[read_image(Path(path)) for path in flags.image]] if flags.image else generated(config.input, flags.seed)
-    if not flags.dynamic:
-        batches = [batches[0][:1]]
+    if flags.image:
+        batches = [[read_image(Path(path)) for path in (flags.image if flags.dynamic else flags.image[:1])]]
+    else:
+        batches = generated(config.input, flags.seed, dynamic=flags.dynamic)
     if flags.dry_run:
         return {"dry_run": True}
     with open_run(
@@ -109,12 +110,20 @@ def run(method: Method, call: Call) -> dict[str, Any]:
         run_folder.write("results.json", record)
         _say(differences)
         _judge(differences, tolerance)
-        logger.info("in Python: Predictor.from_export('%s')('photo.jpg')", folder)
+        runtime = "" if "onnx" in formats else ", runtime='torch'"
+        logger.info("in Python: Predictor.from_export('%s'%s)('photo.jpg')", folder, runtime)
         return record | {"run": str(folder)}
 
 
-def generated(config: Any, seed: int) -> list[list[Tensor]]:
-    """Shapes to compare on: one image that lies, then two that stand; at least about the network's size."""
+def generated(config: Any, seed: int, *, dynamic: bool) -> list[list[Tensor]]:
+    """Shapes to compare on: one image that lies, then two that stand; at least about the network's size.
+
+    Where sizes are fixed, one image that becomes the network's input without a change of size.
+    """
+    if not dynamic:
+        height, width = config.test_size
+        image, _ = ShapesDataset(1, split="val", seed=seed, size=max(height, width))[0]
+        return [[image[:, :height, :width]]]
     side = max(64, round(min(config.test_size) * 4 / 3))
     cut = round(side * 3 / 4)
     shapes = ShapesDataset(3, split="val", seed=seed, size=min(side, 4096))

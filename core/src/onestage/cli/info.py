@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from onestage.cli.flags import Call
+from onestage.config import config_from_dict
 from onestage.errors import some
 from onestage.method import Method
 
@@ -42,7 +43,9 @@ def _card(method: Method, path: Any) -> dict[str, Any]:
     from onestage.files import file_digest
 
     state, info = load_weights(path, package=method.name)
+    config: Any = config_from_dict(method.config_type, info.config, f"{path}: config")
     card = asdict(info) | {
+        "config": asdict(config),
         "categories": some([name for _, name in info.categories], 10),
         "num_classes": len(info.categories),
         "tensors": len(state),

@@ -171,6 +171,11 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int, c
             output_names=list(card["outputs"]),
             verbose=False,
         )
+    written = converted.model.opset_imports[""]
+    if written != opset:  # it gives up and leaves what no runtime reads
+        raise UsageError(
+            f"--opset is {opset}, which the installed exporter cannot write: it came to {written}", "use --opset 20"
+        )
     _name_sizes(converted)
     converted.model.metadata_props["onestage"] = json.dumps(card)
     converted.save(path, external_data=False)
@@ -282,6 +287,11 @@ def load_exported(
         raise WeightsError(f"'{folder}' is no exported model: it has no {DECODE}", "give a folder that export wrote")
     state, info = load_weights(folder / DECODE)
     method = method_of(info.package)
+    if method.name != info.package:
+        raise WeightsError(
+            f"'{folder}' is a model of {info.package}, not of {method.name}",
+            f"python -m {info.package}.predict --weights {folder}",
+        )
     path = folder / NETWORKS[runtime]
     if not path.is_file():
         raise WeightsError(
@@ -352,20 +362,22 @@ def _open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], dict[str,
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as reasons
 
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    provider, choice = "CPUExecutionProvider", {}
+    if device.type == "cuda":
+        provider, choice = "CUDAExecutionProvider", {"device_id": device.index or 0}
     if provider not in onnxruntime.get_available_providers():
         raise MachineError(f"onnxruntime has no {provider}", "pip install onnxruntime-gpu, or use --device cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, choice)])
     except tuple(getattr(reasons, name) for name in ONNX_ERRORS) as error:
         text = _first_line(error)
         if "DeformConv" in text:
             raise MachineError(
                 f"onnxruntime {onnxruntime.__version__} has no deformable convolution for this device",
-                "export with --deformable gather, or install a newer onnxruntime",
+                "export with --opset 20 or --deformable gather, or install a newer onnxruntime",
             ) from error
         raise WeightsError(f"onnxruntime cannot read '{path}': {text}", "export the model again") from error
     names = [output.name for output in session.get_outputs()]
@@ -507,7 +519,7 @@ def _difference(ours: Detections, theirs: Detections) -> tuple[int, int, float, 
             continue
         apart = (theirs.boxes[same] - ours.boxes[i]).abs().amax(1)
         best = int(apart.argmin())
-        if apart[best] > PAIR:
+        if not apart[best] <= PAIR:  # nor is NaN
             continue
         j = same[best]
         left.remove(j)

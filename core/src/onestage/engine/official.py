@@ -25,7 +25,9 @@ def rename(key: str, rules: KeyRules) -> str | None:
 
 def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without the `module.` that data-parallel training puts in front."""
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    found = {key.removeprefix("module."): value for key, value in state.items()}
+    _refuse([key for key in found if key in state and f"module.{key}" in state], "a second tensor for the place of")
+    return found
 
 
 def convert_keys(
@@ -50,10 +52,12 @@ def convert_keys(
         WeightsError: a tensor is left over, missing or of another shape.
     """
     converted: dict[str, Tensor] = {}
-    unknown, left_out = [], []
+    unknown, twice, left_out = [], [], []
     for key, value in state.items():
         ours = rename(key, rules)
         if ours is not None and ours in wanted:
+            if ours in converted:
+                twice.append(key)
             scalar = value.numel() == 1 and wanted[ours].numel() == 1  # () in one layout, (1,) in the other
             converted[ours] = value.reshape(wanted[ours].shape) if scalar else value
         elif unused(key):
@@ -61,6 +65,7 @@ def convert_keys(
         elif not key.endswith("num_batches_tracked"):
             unknown.append(key)
     _refuse(unknown, "no place for")
+    _refuse(twice, "a second tensor for the place of")
     _refuse([key for key in wanted if key not in converted and not key.endswith("num_batches_tracked")], "nothing for")
     for key, value in converted.items():
         if value.shape != wanted[key].shape:

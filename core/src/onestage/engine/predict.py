@@ -21,7 +21,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from onestage.config import config_from_dict
 from onestage.data.coco import read_image, rgb_of
 from onestage.data.validate import MAX_PIXELS
-from onestage.engine.checkpoint import load_into, load_weights
+from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
 from onestage.engine.distributed import pick_device
 from onestage.engine.export import load_exported
 from onestage.engine.guard import autocast
@@ -238,7 +238,7 @@ class Predictor:
         load_into(model, state, info)
         return cls(
             model,
-            info.categories or [(label, str(label)) for label in range(config.num_classes)],
+            _categories(info, config),
             device=device,
             precision=precision,
             score_threshold=score_threshold,
@@ -279,7 +279,7 @@ class Predictor:
         )
         return cls(
             model,
-            info.categories,
+            _categories(info, model.config),
             device=device,
             score_threshold=score_threshold,
             max_detections=max_detections,
@@ -345,6 +345,11 @@ class Predictor:
             found = found.to("cpu")
         keep = found.scores >= self.score_threshold
         return Result(found[keep][: self.max_detections], self.categories)
+
+
+def _categories(info: WeightsInfo, config: Any) -> Sequence[tuple[int, str]]:
+    """(id, name) of each label; numbers where the weights do not say."""
+    return info.categories or [(label, str(label)) for label in range(config.num_classes)]
 
 
 def _with_limits(config: Any, score_threshold: float, max_detections: int | None) -> Any:
