@@ -1,12 +1,15 @@
 """What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, processes."""
 
 import gzip
+import html
 import importlib
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,33 @@ def device() -> torch.device:
     """The GPU if there is one and kernels are compiled, else the CPU, where they run in Triton's interpreter."""
     compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
     return torch.device("cuda" if compiled else "cpu")
+
+
+@pytest.fixture
+def page_width(tmp_path: Path) -> Callable[[str, int], int]:
+    """How wide a page (its HTML) comes out in a window that is so many px wide; skipped without a Chromium."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine: the page's widths were NOT checked")
+    measure = (
+        "<script>onload = () => document.title = "
+        "document.querySelector('iframe').contentDocument.documentElement.scrollWidth</script>"
+    )
+
+    def width(page: str, window: int) -> int:  # in a frame: Chromium's windows start at 500
+        frame = f"<iframe style='width: {window}px; height: 900px' srcdoc='{html.escape(page)}'></iframe>"
+        (tmp_path / "frame.html").write_text(f"<title></title>{frame}{measure}", encoding="utf-8")
+        done = subprocess.run(
+            [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+            + ["--disable-background-networking", "--no-first-run", "--dump-dom", str(tmp_path / "frame.html")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return int(done.stdout.split("<title>")[1].split("</title>")[0])
+
+    return width
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """`python -m onestage.explore`."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from onestage.data.synth import make_shapes
 from onestage.explore import _window, main
@@ -131,6 +134,7 @@ def test_mistakes_of_the_command_line_leave_with_2(shapes, tmp_path, capsys):
         [str(shapes), "--results", file, "--iou-thr", "0.05"],
         [str(shapes), "--results", file, "--gap", "0"],
         [str(shapes), "--results", file, "--limit", "0"],
+        [str(shapes), "--results", file, "--top", "-1"],
         [str(shapes), "--result", file],
     ):
         assert main(words) == 2, words
@@ -147,6 +151,29 @@ def test_names_of_categories_and_files_cannot_become_markup(shapes, tmp_path):
     file.write_text(json.dumps(content))
     assert main([str(shapes), "--results", str(written(tmp_path, [])), "--output", "out"]) == 0
     assert "<script" not in Path("out/index.html").read_text()
+
+
+def test_long_names_do_not_widen_the_page(shapes, tmp_path, page_width):
+    file = shapes / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = "x" * 200
+    file.write_text(json.dumps(content))
+    assert main([str(shapes), "--results", str(written(tmp_path, flawed(shapes))), "--output", "out"]) == 0
+    assert 0 < page_width(Path("out/index.html").read_text(), 390) <= 390
+
+
+def test_an_object_of_any_proportion_is_shown(shapes, tmp_path):
+    file = shapes / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    image = content["images"][0] | {"height": 9000, "width": 12}
+    box = [0, 0, 12, 9000]
+    outline = [0, 0, 12, 0, 12, 9000, 0, 9000]
+    thing = content["annotations"][0] | {"bbox": box, "area": 12 * 9000, "segmentation": [outline]}
+    file.write_text(json.dumps(content | {"images": [image], "annotations": [thing | {"image_id": image["id"]}]}))
+    Image.new("RGB", (12, 9000)).save(shapes / "val" / image["file_name"])
+    assert main([str(shapes), "--results", str(written(tmp_path, [])), "--output", "out"]) == 0
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]*)', Path("out/index.html").read_text())
+    assert [Image.open(io.BytesIO(base64.b64decode(text))).size for text in pictures] == [(1, 960)] * 2
 
 
 def test_a_window_is_square_and_inside_the_image():

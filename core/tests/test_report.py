@@ -119,6 +119,13 @@ def test_names_are_as_short_as_they_can_be():
     assert short_names([Path("/x/1"), Path("/x/1")]) == ["1", "1 (2)"]
 
 
+def test_long_names_and_values_do_not_widen_the_page(here, page_width):
+    folder = run_folder(here / ("x" * 200))
+    (folder / "config.json").write_text(json.dumps({"package": "p" * 200, "variant": "v" * 200, "k" * 200: "w" * 200}))
+    assert main([str(folder), "--output", "out"]) == 0
+    assert 0 < page_width(Path("out/index.html").read_text(), 390) <= 390
+
+
 def test_what_only_one_run_has_differs_too(here):
     one, two = run_folder(here / "one"), run_folder(here / "two")
     (two / "environment.json").write_text(json.dumps({"packages": {"torch": "2", "av": "3"}}))
@@ -134,6 +141,7 @@ def test_what_only_one_run_has_differs_too(here):
         ("config.json", "{", 3),
         ("metrics.jsonl", '{"loss": 1}\n', 3),
         ("metrics.jsonl", '{"step": NaN}\n', 3),
+        ("metrics.jsonl", f'{{"step": 1{"0" * 400}}}\n', 3),
         ("metrics.jsonl", "{x}\n", 3),
         ("environment.json", "<html>", 3),
     ],
@@ -149,6 +157,7 @@ def test_a_damaged_run_is_told_in_two_lines(here, capsys, file, text, code):
 def test_no_run_at_all_is_a_mistake_of_usage(here, capsys):
     assert main([]) == 2
     assert main(["nowhere"]) == 2
+    assert main([str(run_folder(here / "one")), "--pictures", "-1"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 

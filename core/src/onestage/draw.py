@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHOWN_WIDTH = 420  # px of a picture in the file; screens show about 260
-TALLEST = 20  # heights of a picture in its widths; JPEG ends at 65500 px
+HIGHEST = 4  # times its width, a picture
 CLASS_COLOURS = ((42, 120, 214), (235, 104, 52), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 DASH = 6  # px, and as much between two
 BEFORE_COLOUR, AFTER_COLOUR = (255, 255, 255), (20, 20, 20)  # boxes before and after refinement
@@ -65,11 +65,11 @@ def draw(
         image: [3, H, W] uint8 RGB.
         instances: N instances in its pixels.
         names: Category name of each label.
-        width: Of the picture, px; one that would be taller than `TALLEST` widths gets narrower.
+        width: Of the picture, px; less for an image more than HIGHEST times as high as wide.
         boxes: Draw boxes as well, each in its category's colour.
     """
-    factor = min(width / image.shape[-1], TALLEST * width / image.shape[-2])
-    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
+    factor = min(width / image.shape[-1], HIGHEST * width / image.shape[-2])
+    size = (max(1, round(image.shape[-2] * factor)), max(1, round(image.shape[-1] * factor)))
     canvas = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
     masks = () if instances.masks is None else instances.masks
     for index in reversed(range(len(masks))):  # the best one last, on top

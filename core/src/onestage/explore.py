@@ -140,9 +140,6 @@ def _check(flags: Explore) -> None:
         )
     if not 0 < flags.gap <= 1:
         raise UsageError(f"--gap is {flags.gap:g}", "give a difference of IoUs, above 0 and at most 1")
-    for name in ("top", "per_category"):
-        if getattr(flags, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(flags, name)}", "give at least 0")
 
 
 def _read_results(path: Path, dataset: CocoDataset) -> list[dict[str, Any]]:

@@ -324,7 +324,9 @@ def _flat(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_number(value: Any, finite: bool = False) -> bool:
-    return type(value) in (int, float) and (not finite or math.isfinite(value))
+    if type(value) is int:
+        return abs(value) < 2**63  # larger ones are no counts, and some do not become floats
+    return type(value) is float and (not finite or math.isfinite(value))
 
 
 def _finite(value: Any) -> Any:

@@ -236,6 +236,7 @@ IN_CONFIG = {"model", "optim", "variant", "small", "backbone", "size", "schedule
 RANGES = dict.fromkeys(("accumulate", "batch", "batch_size", "image_size", "iters", "limit"), (1, math.inf))
 RANGES |= dict.fromkeys(("log_every", "max_dets", "max_pixels", "overfit", "stride"), (1, math.inf))
 RANGES |= dict.fromkeys(("eval_every", "save_every", "warmup", "workers"), (0, math.inf))
+RANGES |= dict.fromkeys(("per_category", "pictures", "top"), (0, math.inf))
 RANGES["seed"] = (0, 2**63 - 1)  # torch's and NumPy's generators take these
 
 
