@@ -86,6 +86,12 @@ def test_a_clean_file_has_no_problems_and_its_copy_is_equal(tmp_path):
     assert json.loads(json.dumps(checked.content, default=as_json)) == CONTENT
 
 
+def test_an_object_at_the_far_end_of_a_long_image_is_no_problem(tmp_path):
+    content = changed(bbox=[150, 10, 20, 10], segmentation=[[150, 10, 170, 10, 170, 20, 150, 20]])
+    content["images"][0]["width"] = 180
+    assert lint_split(written(tmp_path, content), None).report.counts == {}
+
+
 @pytest.mark.parametrize(("fields", "kind", "mended"), BROKEN + QUIETLY_WRONG)
 def test_a_problem_is_counted_and_the_copy_is_repaired_or_lacks_the_annotation(tmp_path, fields, kind, mended):
     path = written(tmp_path, changed(**fields))
