@@ -1,3 +1,5 @@
+import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -55,6 +57,13 @@ def test_one_seed_decides_nothing_and_shows_its_sign(toy, small):
     found = claimed(toy, small, [0.40], [0.42])
     assert (found.verdict, found.note) == ("undecided", "one seed: sign as claimed")
     assert "against" in claimed(toy, small, [0.42], [0.40]).note
+
+
+def test_many_seeds_have_no_narrower_interval_than_theirs(toy, small):
+    ups = [0.40 + 0.01 * (seed % 3) for seed in range(12)]
+    found = claimed(toy, small, ups, [0.40] * 12)
+    error = statistics.stdev(100 * value for value in ups) / math.sqrt(12)
+    assert found.half_width >= 1.796 * error  # t of 11 degrees of freedom
 
 
 def test_only_equal_seeds_are_compared(toy, small):

@@ -24,9 +24,8 @@ from onestage.tables.spec import Claim, Row, Table
 
 Verdict = Literal["held", "not held", "undecided", "not run"]
 VERDICTS: tuple[Verdict, ...] = ("held", "not held", "undecided", "not run")
-# Student's t, two-sided 90 %, by degrees of freedom; beyond, the normal distribution's.
+# Student's t, two-sided 90 %, by degrees of freedom; beyond, the last one, a little wide.
 T90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-T90_MANY = 1.645
 RULE = (
     "A claim is held where the 90 % interval of the mean difference over seeds (Student's t, differences of equal"
     " seeds) lies on the claimed side of zero, not held where it lies on the other side, and undecided otherwise. One"
@@ -189,7 +188,7 @@ def judge(claim: Claim, table: Table, results: Mapping[str, Result]) -> Judgemen
         sign = "sign as claimed" if mean > 0 else "sign against the claim" if mean < 0 else "no difference"
         return Judgement(claim, "undecided", paper, mean, None, 1, f"one seed: {sign}")
     spread = statistics.stdev(differences) / math.sqrt(count)
-    half = (T90[count - 2] if count - 2 < len(T90) else T90_MANY) * spread
+    half = T90[min(count - 2, len(T90) - 1)] * spread
     verdict: Verdict = "held" if mean > half else "not held" if mean < -half else "undecided"
     return Judgement(claim, verdict, paper, mean, half, count)
 
