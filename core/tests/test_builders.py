@@ -61,3 +61,10 @@ def test_an_unknown_argument_gets_the_nearest():
     with pytest.raises(UsageError, match="unknown argument 'widht'; nearest: 'width'"):
         build_model(METHOD, ToyConfig(), widht=3)
     assert build_model(METHOD, ToyConfig(), width=3).config.width == 3
+
+
+def test_a_mistyped_head_and_no_classes_are_refused():
+    with pytest.raises(UsageError, match="unknown head 'renit'; nearest: 'reinit'"):
+        build_model(METHOD, ToyConfig(), head="renit")
+    with pytest.raises(UsageError, match="num_classes is 0"):
+        build_model(METHOD, ToyConfig(), num_classes=0)

@@ -51,6 +51,9 @@ def build_model(
         raise UsageError("weights and weights_backbone are both given", "weights hold the trunk too: drop one")
     names = [*(build_model.__kwdefaults__ or ()), *(entry.name for entry in fields(config))]
     require_known(overrides, names, "unknown argument")
+    require_known([head], ("match", "reinit"), "unknown head")
+    if num_classes is not None and num_classes < 1:
+        raise UsageError(f"num_classes is {num_classes}", "give the number of foreground classes, at least 1")
     state = info = None
     if weights is not None:
         state, info = load_weights(weights, package=method.name)

@@ -96,5 +96,5 @@ def test_a_picture_shows_the_instance_in_its_categorys_colour():
 def test_a_picture_of_a_line_fits_into_a_jpeg():
     line = Instances(torch.tensor([[0.0, 0, 2, 9]]), torch.tensor([0]), torch.ones(1, 2000, 10), torch.tensor([0.5]))
     picture = draw(torch.zeros(3, 2000, 10, dtype=torch.uint8), line, ["ring"])
-    assert picture.size == (42, 8400)
+    assert picture.size == (8, 1680)
     assert data_uri(picture)

@@ -137,14 +137,6 @@ def test_what_stops_the_loader_in_any_case_is_counted_and_dropped_too(tmp_path, 
     assert loads(written(tmp_path, checked.content, "clean.json"))
 
 
-def test_polygons_in_a_wide_image_are_near_it(tmp_path):
-    content = copy.deepcopy(CONTENT)
-    content["images"][0] |= {"height": 40, "width": 400}
-    far_right = [value + 300 * (1 - i % 2) for i, value in enumerate(SQUARE)]
-    content["annotations"][0] |= {"segmentation": [far_right], "bbox": [310, *BOX[1:]]}
-    assert lint_split(written(tmp_path, content), None).report.counts == {}
-
-
 def test_a_file_that_is_none_is_one_problem(tmp_path):
     path = tmp_path / "data.json"
     path.write_text("<html>")

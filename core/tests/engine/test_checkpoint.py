@@ -196,6 +196,9 @@ def test_missing_file_lists_what_lies_beside_it(tmp_path):
         load_weights(tmp_path / "bset.safetensors")
     with pytest.raises(WeightsError, match="are a folder"):
         load_weights(tmp_path)
+    (tmp_path / "decode.safetensors").touch()
+    with pytest.raises(WeightsError, match="are an exported model"):
+        load_weights(tmp_path)
     with pytest.raises(WeightsError, match="no folder"):
         load_weights(tmp_path / "nowhere" / "w.pth")
 

@@ -109,7 +109,7 @@ def _verify(method: Method, model: nn.Module, config: Any, target: Path) -> int:
     differing = [name for name in ours if name not in state or not torch.equal(ours[name], state[name])]
     if differing or state.keys() - ours.keys():
         raise CheckFailed(f"'{target}' reads back differently: {some(differing)}", "convert again, on another disk")
-    stored = config_from_dict(method.config_type, info.config, f"{target}: config")
+    stored: Any = config_from_dict(method.config_type, info.config, f"{target}: config")
     if stored != config:
         raise CheckFailed(f"'{target}' reads back with another configuration", "report this as a bug")
     again = method.build(stored)

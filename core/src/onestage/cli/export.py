@@ -18,11 +18,10 @@ from onestage.cli.runs import open_run
 from onestage.config import config_from_dict, with_field
 from onestage.data.coco import read_image
 from onestage.data.synth import ShapesDataset
-from onestage.engine.checkpoint import WeightsInfo, load_into, load_weights
+from onestage.engine.checkpoint import DECODE, WeightsInfo, load_into, load_weights
 from onestage.engine.distributed import pick_device
 from onestage.engine.export import (
     CARD,
-    DECODE,
     NETWORKS,
     Difference,
     Format,

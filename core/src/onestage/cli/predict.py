@@ -34,7 +34,7 @@ from onestage.data.frames import (
     is_image,
     open_source,
 )
-from onestage.engine.export import DECODE
+from onestage.engine.checkpoint import DECODE
 from onestage.engine.predict import Predictor, Result
 from onestage.engine.signals import Signals
 from onestage.errors import DatasetError, UsageError, some

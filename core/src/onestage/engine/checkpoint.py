@@ -29,6 +29,7 @@ from onestage.errors import WeightsError, some
 from onestage.files import write_atomically
 
 FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-2"}
+DECODE = "decode.safetensors"  # of an exported model
 METADATA_KEY = "onestage"
 SUM_KEY = "onestage-crc32"
 
@@ -268,6 +269,11 @@ def _sniff(path: Path, package: str | None) -> Literal["safetensors", "torch", "
     """What the first bytes say the file is."""
     if not path.exists():
         raise WeightsError(f"weights '{path}' do not exist", f"check the path{_beside(path)}")
+    if (path / DECODE).is_file():
+        raise WeightsError(
+            f"weights '{path}' are an exported model, which predict and Predictor.from_export run",
+            "give the weights that it was exported from",
+        )
     if path.is_dir():
         raise WeightsError(f"weights '{path}' are a folder", f"name the file in it{_beside(path / 'x')}")
     convert = f", then: python -m {package}.convert --from {path} --to {path.stem}.safetensors" if package else ""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from onestage.config import InputConfig, config_from_dict
-from onestage.engine.checkpoint import UNPICKLING_ERRORS, WeightsInfo, load_weights, save_weights
+from onestage.engine.checkpoint import DECODE, UNPICKLING_ERRORS, WeightsInfo, load_weights, save_weights
 from onestage.errors import MachineError, UsageError, WeightsError
 from onestage.files import write_atomically
 from onestage.method import Method
@@ -39,7 +39,6 @@ Format = Literal["onnx", "torch"]
 Size = tuple[int, int]  # (height, width)
 
 NETWORKS: dict[Format, str] = {"onnx": "network.onnx", "torch": "network.pt2"}
-DECODE = "decode.safetensors"
 CARD = "export.json"
 STRIDES = (8, 16, 32, 64, 128)  # of the levels P3 to P7, input pixels per cell
 EXAMPLE = (256, 320)  # input traced where sizes stay open: no level shrinks to one cell, which tracing would fix
