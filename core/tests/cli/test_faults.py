@@ -50,7 +50,7 @@ def test_a_broken_checkpoint_ends_with_exit_code_4_and_another_way_to_go_on(call
     damage(Path("out/best.safetensors"))
     code, _, err = call("eval --data shapes --device cpu --weights out/best.safetensors")
     assert code == 4
-    assert told(err)[0].startswith("weights 'out/best.safetensors' are ")
+    assert told(err)[0].startswith("weights 'out/best.safetensors' ")
 
 
 def test_a_foreign_checkpoint_is_refused_by_resume_and_eval(call, shapes):
