@@ -1,5 +1,7 @@
 """Order, augmentation and workers."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -279,3 +281,17 @@ def test_a_users_error_arrives_as_it_was_raised(training, workers):
         next(iter(made))
     assert error.value.what == "image 'a.jpg' cannot be read"
     assert error.value.fix == "replace the file"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the others do not tell who sent a signal")
+def test_a_worker_obeys_the_sigterm_of_the_main_process_alone():
+    made = make_loader(SHAPES, InputConfig(), batch_size=2, training=True, workers=1)
+    batches = iter(made)
+    next(batches)
+    (worker,) = made._iterator._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

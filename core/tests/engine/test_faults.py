@@ -1,9 +1,12 @@
 """What goes wrong while training, made to happen: the run ends with two lines, or goes on, and nothing is lost."""
 
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -143,6 +146,43 @@ def test_a_killed_loader_worker_is_told_and_the_run_is_saved_at_that_step(tiny, 
     assert caught.value.exit_code == 5
     go_on(tiny, folder)
     assert_same_run(whole, folder)
+
+
+def test_workers_killed_between_two_epochs_are_told_and_the_run_is_saved(tiny, tmp_path):
+    def kill(row):
+        if row["step"] == 3:  # the last of an epoch
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    with pytest.raises(WorkerDied, match="was ended by SIGKILL after step 3, which is saved"):
+        tiny.run_tiny(tmp_path, {"workers": 1, "save_every": 0}, callback=kill)
+    assert load_checkpoint(tmp_path / "last.ckpt")["state"]["step"] == 3
+
+
+def train_until_the_group_is_told(tiny, folder):
+    """Trains from slow images; all of the run's processes get a SIGTERM, as torchrun and batch systems send it."""
+
+    class Slow(tiny.TinySet):
+        def __getitem__(self, index):
+            time.sleep(0.1)
+            return super().__getitem__(index)
+
+    def stop(row):
+        if row["step"] == 2:
+            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+
+    os.setsid()
+    options = {"workers": 2, "accumulate": 2, "save_every": 0}
+    try:
+        tiny.run_tiny(folder, options, train_set=Slow(), callback=stop)
+    except Interrupted as stopped:
+        raise SystemExit(stopped.exit_code) from stopped
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_sigterm_to_all_processes_leaves_the_loader_its_workers_for_the_step(tiny, fork, tmp_path):
+    assert fork(train_until_the_group_is_told, tiny, tmp_path) == [143]
+    assert load_checkpoint(tmp_path / "last.ckpt")["state"]["step"] == 3
 
 
 def test_within_a_step_of_several_batches_a_dying_loader_leaves_the_checkpoint_before(tiny, tmp_path):

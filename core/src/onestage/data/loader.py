@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -103,6 +105,7 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_Collate(dataset),
+        worker_init_fn=leave_sigterm,
         persistent_workers=training and workers > 0,
     )
 
@@ -231,21 +234,40 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target]]]:  # type: ignore[override]
         augmented: Any = self.dataset
         skipped = augmented.dataset.skipped
-        with _deaths_unannounced():
-            iterator: Any = super().__iter__()
+        iterator: Any = None
         while True:
             try:
+                if iterator is None:
+                    with _deaths_unannounced():
+                        iterator = super().__iter__()  # of workers that stay it waits for an answer of each
                 batch, news = next(iterator)
             except StopIteration:
                 return
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker (pid"):
                     raise
-                raise _worker_died([worker.exitcode for worker in iterator._workers]) from error
+                workers = (iterator or self._iterator)._workers
+                raise _worker_died([worker.exitcode for worker in workers]) from error
             skipped += [line for line in news if line not in skipped]
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def leave_sigterm(worker: int) -> None:
+    """Lets a worker obey the SIGTERM of the main process alone.
+
+    torchrun and batch systems send one to every process, and the main one needs its workers to finish the step.
+    """
+    if sys.platform == "linux":  # others do not tell who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextlib.contextmanager

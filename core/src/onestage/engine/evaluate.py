@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from onestage.config import InputConfig
-from onestage.data.loader import InstanceDataset, make_loader
+from onestage.data.loader import InstanceDataset, leave_sigterm, make_loader
 from onestage.data.ytvis import Videos
 from onestage.engine import distributed
 from onestage.engine.coco_eval import Backend, CocoEvaluator
@@ -194,7 +194,11 @@ def evaluate_videos(
 def _frames_of(dataset: Videos, video: int, batch_size: int, workers: int) -> Iterator[list[Tensor]]:
     """The frames of one video in order, some at a time."""
     loader = DataLoader(
-        _Frames(dataset, video), batch_size=batch_size, num_workers=workers, collate_fn=list, shuffle=False
+        _Frames(dataset, video),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_sigterm,
     )
     for frames in loader:
         for frame in frames:
