@@ -143,6 +143,43 @@ def test_plateau_schedule_resumes_exactly(tiny, tmp_path):
     assert read_rows(tmp_path / "whole", "lr")[-1]["lr"] < 0.5
 
 
+def test_a_resumed_run_decays_weights_as_its_own_config_says(tiny, tmp_path):
+    tiny.run_tiny(tmp_path, {"stop_after": 3}, {"weight_decay": 1e-4})
+    tiny.run_tiny(tmp_path, {"resume": tmp_path / "last.ckpt"}, {"weight_decay": 0.25, "momentum": 0.5})
+    (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("bad", [{3}, {4}, {4, 6}, {1, 2, 3}])  # an epoch is three batches
+def test_a_skipped_batch_has_no_part_in_its_epochs_mean_loss(tiny, tmp_path, monkeypatch, bad):
+    class Known(tiny.TinyModel):
+        calls = 0
+
+        def forward(self, images, targets):
+            self.calls += 1
+            loss = torch.tensor(torch.nan if self.calls in bad else float(self.calls))
+            return {"loss": super().forward(images, targets)["loss_cls"] * 0 + loss}
+
+    seen = []
+    monkeypatch.setattr(train_module.Plateau, "observe", lambda plateau, loss, gamma: seen.append(loss))
+    options, schedule = {"nan_policy": "skip"}, {"policy": "plateau", "length": 9}
+    tiny.run_tiny(tmp_path, options, schedule, model=Known(tiny.TinyConfig()))
+    epochs = [[call for call in range(first, first + 3) if call not in bad] for first in (1, 4, 7)]
+    assert seen == [sum(calls) / len(calls) for calls in epochs if calls]
+
+
+def test_the_pace_is_that_of_training_without_what_is_done_between(tiny, tmp_path, monkeypatch):
+    clock, slept = train_module.time.perf_counter, []
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: clock() + 1000 * len(slept))
+
+    def judge(model, dataset, **settings):
+        slept.append(1)
+        return {"segm/AP": 0.5}, []
+
+    tiny.run_tiny(tmp_path, {"eval_every": 1}, {"length": 3}, val_set="clips", evaluate=judge)
+    assert all(row["images_per_second"] > 4 / 500 for row in read_rows(tmp_path, "loss"))
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_run_resumes_to_the_same_weights(tiny, fork, tmp_path):
     whole = tiny.run_tiny(tmp_path / "whole", {"save_every": 3}, {"ema": 0.9}, val_set=tiny.TinySet(6, first=100))

@@ -185,6 +185,7 @@ class _State:
     epoch: int = 0
     batch: int = 0  # batches of this epoch that this process has taken
     epoch_loss: float = 0.0  # sum over them
+    epoch_skipped: int = 0  # of them, without a loss
     skipped: int = 0  # steps without an update: nan_policy "skip", gradients that overflow in fp16
     judged: int = 0  # step of the last evaluation
     rows: int = 0  # of metrics, written so far
@@ -287,6 +288,7 @@ class _Run:
                 if state.step % options.log_every == 0 or state.step == end:
                     self.report({"lr": lr, **self.window.means()})
                     self.window = _Window()
+                paused = time.perf_counter()
                 saves = stop or state.step == end or _due(state.step, self.save_every)
                 if saves or self.must_judge():
                     self.require_finite()
@@ -298,6 +300,7 @@ class _Run:
                     self.judge()
                     if saves:
                         self.save()
+                self.window.started += time.perf_counter() - paused  # neither is part of the pace
 
     def update(self, batches: Iterator[_Position], lr: float, signals: Signals) -> tuple[float, bool]:
         """One optimiser step; returns the loss and whether any process was told to stop."""
@@ -319,6 +322,7 @@ class _Run:
                     suspect = Suspect(images, targets, seed, state.step, lr, schedule.batch_size, options.precision)
                     self.refuse(suspect, losses, terms)
                     self.optimizer.zero_grad(set_to_none=True)
+                    self.note_batch(None)
                     return math.nan, stop
                 self.scaler.scale(torch.stack(list(losses.values())).sum() / options.accumulate).backward()
             loss += sum(terms.values()) / options.accumulate
@@ -369,13 +373,18 @@ class _Run:
                 f"{died.fix}; then go on with --resume {self.last_file}",
             ) from died
 
-    def note_batch(self, loss: float) -> None:
-        """Keeps the epoch's mean loss, by which the plateau schedule decides."""
-        self.state.epoch_loss += loss
-        if self.state.batch == len(self.sampler):
-            if self.schedule.policy == "plateau":
-                self.state.plateau.observe(self.state.epoch_loss / self.state.batch, self.schedule.gamma)
-            self.state.epoch_loss = 0.0
+    def note_batch(self, loss: float | None) -> None:
+        """Keeps the epoch's mean loss, by which the plateau schedule decides; None is a batch that was skipped."""
+        state = self.state
+        if loss is None:
+            state.epoch_skipped += 1
+        else:
+            state.epoch_loss += loss
+        if state.batch == len(self.sampler):
+            counted = state.batch - state.epoch_skipped
+            if self.schedule.policy == "plateau" and counted:
+                state.plateau.observe(state.epoch_loss / counted, self.schedule.gamma)
+            state.epoch_loss, state.epoch_skipped = 0.0, 0
 
     def must_judge(self) -> bool:
         """Whether an evaluation is due after this step and has not been."""
@@ -490,12 +499,15 @@ class _Run:
         if self.average is not None:
             load_into(self.average.module, saved["ema"], info)
             self.average.n_averaged.fill_(saved["ema_updates"])
+        settings = [{**group, "params": None} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
             raise UsageError(
                 f"'{path}' groups parameters otherwise than this run ({error})", "resume with the config of that run"
             ) from error
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):  # as config.json will say
+            group.update({**own, "params": group["params"]})
         if saved.get("scaler"):  # of a run in fp16
             self.scaler.load_state_dict(saved["scaler"])
         self.state = _State(**{**saved["state"], "plateau": Plateau(**saved["state"]["plateau"])})
