@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onestage.cli import train as verb
 from onestage.cli.app import main
 from onestage.engine.checkpoint import load_checkpoint
 
@@ -188,6 +189,15 @@ def test_a_process_whose_companion_dies_says_so_without_a_traceback(method, shap
     assert "--resume" in fix
 
 
+@pytest.mark.parametrize(("name", "verdict", "stops"), [("shapes", 0, [1]), ("nowhere", 3, [])])
+def test_a_verb_that_fails_leaves_its_group_to_the_end_of_the_process(call, shapes, monkeypatch, name, verdict, stops):
+    for words in ("train --dry-run", "eval --dry-run"):
+        calls = []
+        monkeypatch.setattr(verb.distributed, "stop", lambda calls=calls: calls.append(1))
+        assert call(f"{words} --small --device cpu --data {name}")[0] == verdict
+        assert calls == stops
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_full_disk_ends_with_exit_code_5_and_the_checkpoint_before(method, shapes, fork, capfd):
     def fill_up():
@@ -227,10 +237,8 @@ def test_a_log_that_the_disk_has_no_room_for_says_nothing_and_hides_no_error(her
 
 
 def test_launcher_of_several_machines_names_where_they_meet(monkeypatch):
-    from onestage.cli.train import distributed, launcher
-
-    assert launcher() == "python"
-    monkeypatch.setattr(distributed, "world_size", lambda: 16)
+    assert verb.launcher() == "python"
+    monkeypatch.setattr(verb.distributed, "world_size", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("MASTER_ADDR", "node0")
-    assert launcher() == "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0"
+    assert verb.launcher() == "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0"

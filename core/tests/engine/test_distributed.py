@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -64,3 +65,26 @@ def test_device_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(MachineError, match="device 'cuda:1' is not there: 1 GPUs found"):
         distributed.pick_device("cuda:1")
+
+
+def test_nccl_knows_the_gpu_of_each_process(monkeypatch):
+    joined = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    group = "init_process_group"
+    monkeypatch.setattr(distributed.dist, group, lambda backend, **more: joined.append((backend, more["device_id"])))
+    second = torch.device("cuda", 1)
+    assert distributed.start("cuda") == second
+    assert joined == [second, ("nccl", second)]
+
+
+@pytest.mark.parametrize(("ends", "left"), [(None, 1), (SystemExit(143), 1), (MachineError("it failed", ""), 0)])
+def test_a_group_is_left_together_and_not_by_a_process_that_failed(monkeypatch, ends, left):
+    calls = []
+    monkeypatch.setattr(distributed, "stop", lambda: calls.append(1))
+    with contextlib.suppress(SystemExit, MachineError), distributed.left_together():
+        if ends is not None:
+            raise ends
+    assert len(calls) == left

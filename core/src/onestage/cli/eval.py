@@ -44,12 +44,10 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     device = distributed.start(flags.device)
     if not distributed.rank_zero():
         logger.setLevel(logging.WARNING)
-    try:
+    with distributed.left_together():
         if flags.seeds:
             return _evaluate_seeds(method, call, device)
         return _evaluate_file(method, call) if flags.results is not None else _evaluate_model(method, call, device)
-    finally:
-        distributed.stop()
 
 
 def say_metrics(metrics: Mapping[str, float]) -> None:

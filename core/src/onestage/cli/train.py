@@ -38,10 +38,8 @@ def run(method: Method, call: Call) -> dict[str, Any]:
     device = distributed.start(call.flags.device)
     if not distributed.rank_zero():
         logger.setLevel(logging.WARNING)
-    try:
+    with distributed.left_together():
         return _replay(method, call, device) if call.flags.replay is not None else _train(method, call)
-    finally:
-        distributed.stop()
 
 
 def options_of(flags: Any, **more: Any) -> TrainOptions:

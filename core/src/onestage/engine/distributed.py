@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -35,7 +36,9 @@ def start(device: str = "auto") -> torch.device:
                 )
             chosen = torch.device("cuda", local_rank)
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=chosen)  # without it a barrier warns
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
     return chosen
 
 
@@ -43,6 +46,21 @@ def stop() -> None:
     """Leaves the group of processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def left_together() -> Iterator[None]:
+    """Leaves the group after the block, or when all processes were told to stop, and not after an error.
+
+    NCCL takes a group down together: a process that failed would wait, its error unsaid, for others that wait for it in
+    another operation. Left to the end of the process the group holds nobody up.
+    """
+    try:
+        yield
+    except SystemExit:  # after the same step everywhere
+        stop()
+        raise
+    stop()
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -318,14 +318,13 @@ def main(argv: Sequence[str] | None = None, run: Callable[[Job], None] = work) -
     if os.environ.get("RANK", "0") == "0":
         LOG.addHandler(logging.StreamHandler(sys.stderr))
     try:
-        run(Job.read(path))
+        with distributed.left_together():
+            run(Job.read(path))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         if distributed.rank_zero():
             write_atomically(path.with_suffix(".error"), json.dumps([error.what, error.fix]).encode())
         return error.exit_code
-    finally:
-        distributed.stop()
     return 0
 
 
