@@ -1,7 +1,11 @@
 import csv
 import json
+import resource
+
+import pytest
 
 from onestage.engine.journal import Journal
+from onestage.errors import MachineError
 
 
 def table(folder):
@@ -41,3 +45,17 @@ def test_a_new_run_starts_empty_and_other_processes_write_nothing(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     Journal(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_full_disk_at_the_start_of_a_resumed_run_leaves_the_rows_before(tmp_path):
+    journal = Journal(tmp_path)
+    journal.add({"step": 1})
+    before = journal.lines.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+        with pytest.raises((MachineError, OSError)):
+            Journal(tmp_path, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert journal.lines.read_text() == before

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from onestage.files import write_atomically
+
 
 class Journal:
     """Appends rows to both files as they come.
@@ -25,7 +27,7 @@ class Journal:
         if writes:
             if keep and self.lines.exists():
                 self.rows = read_rows(self.lines)[:keep]
-            self.lines.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            write_atomically(self.lines, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
             self._write_table()
 
     def add(self, row: dict[str, Any]) -> None:
