@@ -1,5 +1,6 @@
 """What every test of the repository gets: NaN in uninitialised memory, golden data, the shared folder, processes."""
 
+import faulthandler
 import gzip
 import html
 import importlib
@@ -10,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent
 SHARED = ROOT.parent / "shared"
+PATIENCE = 120  # seconds until a forked process is killed; one takes few, and many more on a machine that is busy
 
 # pytest names sipmask/tests/test_x.py `sipmask.tests.test_x` and would take the folder for the package `sipmask`,
 # unless the package is there already.
@@ -117,8 +120,9 @@ def fork(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int | None]]:
                 started.append(context.Process(target=_in_child, args=(function, args, kwargs)))
                 started[-1].start()
         for process in started:
-            process.join(60)
+            process.join(PATIENCE)
             process.kill()
+            process.join()
         return [process.exitcode for process in started]
 
     return call
@@ -126,6 +130,7 @@ def fork(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int | None]]:
 
 def _in_child(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     torch.set_num_threads(1)  # OpenMP does not survive a fork
+    faulthandler.dump_traceback_later(PATIENCE - 10, file=sys.__stderr__)  # says where one hangs
     function(*args, **kwargs)  # what it raises is printed and becomes exit code 1
 
 
