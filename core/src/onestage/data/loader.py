@@ -246,8 +246,8 @@ class _Loader(DataLoader):
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker (pid"):
                     raise
-                workers = (iterator or self._iterator)._workers
-                raise _worker_died([worker.exitcode for worker in workers]) from error
+                failed: Any = iterator or self._iterator
+                raise _worker_died([worker.exitcode for worker in failed._workers]) from error
             skipped += [line for line in news if line not in skipped]
             if isinstance(batch, UserError):
                 raise batch
