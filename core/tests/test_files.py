@@ -18,6 +18,9 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
         write_atomically(tmp_path / "last.ckpt", bytes(2_000_000))
     assert caught.value.exit_code == 5
     assert (tmp_path / "last.ckpt").read_bytes() == b"old"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+    with pytest.raises(MachineError, match=r"2\.0 kB needed, 1\.0 kB free"):
+        write_atomically(tmp_path / "last.ckpt", bytes(2_000))
 
 
 def test_a_disk_that_fills_while_writing_keeps_the_old_file(tmp_path):

@@ -89,9 +89,13 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _size(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"
+
+
 def _no_space(path: Path, expected: bytes | memoryview | None) -> MachineError:
-    needed = "" if expected is None else f"{len(expected) / 1e6:.1f} MB needed, "
+    needed = "" if expected is None else f"{_size(len(expected))} needed, "
     return MachineError(
-        f"no space to write '{path}': {needed}{shutil.disk_usage(path.parent).free / 1e6:.1f} MB free",
+        f"no space to write '{path}': {needed}{_size(shutil.disk_usage(path.parent).free)} free",
         "free some space, or give --output a folder on another disk; what was saved before is untouched",
     )

@@ -29,7 +29,8 @@ class Method:
             WeightsError. None where no official weights exist.
         infer_config: Official state dict to the config that fits it; raises WeightsError if none does. None as above.
         unreleased: Why there is nothing to convert, for the message; of methods without `convert`.
-        extra_verbs: Name to a function from the words after the verb to the exit code.
+        extra_verbs: Name to a function from the words after the verb to the exit code; help texts show the first line
+            of its docstring.
         prepare: (model, training data) before training from nothing, for what a method takes from the annotations;
             None where there is no such thing.
         polygons: Training targets carry polygons too.

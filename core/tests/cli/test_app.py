@@ -1,5 +1,6 @@
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +31,7 @@ def run_raising(monkeypatch, error, *words):
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device", "x.ckpt"), 5),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 5),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "photo.jpg/run"), 2),
         (MemoryError(), 5),
         (RuntimeError("\"max_pool2d\" not implemented for 'Half'"), 5),
         (RuntimeError("Current CUDA Device does not support bfloat16. Please switch dtype to float16."), 5),
@@ -91,6 +93,17 @@ def test_without_a_verb_the_overview_lists_all_verbs(call):
     assert call(None, "--help")[0] == 0
 
 
+def test_the_overview_says_what_a_papers_own_verb_does(method):
+    def fit(words):
+        """Fits what is fitted.
+
+        Twice.
+        """
+
+    overview = app._overview(replace(method, extra_verbs={"fit": fit}))
+    assert "\n  fit          Fits what is fitted.\n\nFlags" in overview
+
+
 def test_an_unknown_verb_gets_the_nearest(call):
     code, _, err = call(None, "trian")
     assert code == 2
@@ -124,8 +137,6 @@ def test_print_config_prints_what_config_reads_back(call, here):
 
 
 def test_a_papers_own_verb_is_called_with_its_words(method):
-    from dataclasses import replace
-
     seen = []
     own = replace(method, extra_verbs={"fit": lambda words: seen.append(words) or 0})
     assert app.main(own, None, ["fit", "--all", "3"]) == 0

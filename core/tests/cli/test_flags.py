@@ -117,9 +117,13 @@ def test_resume_alone_means_the_newest_run(method, tmp_path, monkeypatch):
     [
         (["--modle.grid", "2", "2"], "unknown flag '--modle.grid'; nearest: '--model.grid'"),
         (["--lr", "0.1"], "unknown flag '--lr'; nearest: '--optim.lr'"),
+        (["--learning-rate", "0.1"], "unknown flag '--learning-rate'"),  # like none of ours
+        (["-data", "x"], "unknown flag '-data'; nearest: '--data'"),
         (["--batchsize=3"], "unknown flag '--batchsize'; nearest: '--batch-size'"),
         (["--model.grid", "2"], "missing value for argument '--model.grid'. Expected 2 values"),
         (["--optim.lr", "fast"], "--optim.lr: could not convert string to float: 'fast'"),
+        (["--steps", "many"], "--steps is 'many'; expected INT"),
+        (["--ema", "high"], "--ema is 'high'; expected FLOAT"),
         (
             ["--precision", "fp8"],
             f"invalid choice 'fp8' for argument '--precision'. Expected one of {get_args(Precision)}",
@@ -148,8 +152,27 @@ def test_a_command_line_that_cannot_be_meant_says_why(method, words, what):
         ("train", ["--log-every", "0"], "--log-every is 0", "give at least 1"),
         ("train", ["--overfit", "0"], "--overfit is 0", "give at least 1"),
         ("train", ["--save-every", "-1"], "--save-every is -1", "give at least 0"),
-        ("train", ["--seed", "-1"], "--seed is -1", f"give a whole number from 0 to {2**63 - 1}"),
-        ("train", ["--seed", str(2**63)], f"--seed is {2**63}", f"give a whole number from 0 to {2**63 - 1}"),
+        ("train", ["--seed", "-1"], "--seed is -1", f"give a number from 0 to {2**63 - 1}"),
+        ("train", ["--seed", str(2**63)], f"--seed is {2**63}", f"give a number from 0 to {2**63 - 1}"),
+        ("train", ["--ema", "2"], "--ema is 2.0", "give a number from 0 to 1"),
+        ("train", ["--grad-clip", "-1"], "--grad-clip is -1.0", "give at least 0"),
+        ("train", ["--optim.lr", "-1"], "--optim.lr is -1.0", "give at least 0"),
+        ("train", ["--optim.length", "0", "--steps", "3"], "--optim.length is 0", "give at least 1"),
+        ("demo", ["--optim.batch-size", "0"], "--optim.batch-size is 0", "give at least 1"),
+        ("train", ["--model.grid", "2", "0"], "--model.grid is 0", "give at least 1"),
+        (
+            "eval",
+            ["--model.inference.max-detections", "-1"],
+            "--model.inference.max-detections is -1",
+            "give at least 1",
+        ),
+        (
+            "eval",
+            ["--model.backbone.frozen-stages", "9"],
+            "--model.backbone.frozen-stages is 9",
+            "give a number from 0 to 5",
+        ),
+        ("predict", ["x", "--score-thr", "50"], "--score-thr is 50.0", "give a number from 0 to 1"),
         ("demo", ["--workers", "-1"], "--workers is -1", "give at least 0"),
         ("demo", ["--batch-size", "0"], "--batch-size is 0", "give at least 1"),
         ("eval", ["--batch-size", "0"], "--batch-size is 0", "give at least 1"),
@@ -165,6 +188,18 @@ def test_a_number_out_of_range_is_told_before_anything_starts(method, verb, word
     with pytest.raises(UsageError) as caught:
         parse(method, verb, words)
     assert (caught.value.what, caught.value.fix) == (what, fix)
+
+
+def test_an_argument_without_a_flag_has_none(method):
+    with pytest.raises(UsageError, match="unknown flag '--source'"):
+        parse(method, "predict", ["--source", "photo.jpg"])
+
+
+def test_a_checkpoint_without_the_settings_of_its_run_says_so(method, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"x")
+    with pytest.raises(UsageError, match="has no config.json beside it"):
+        parse(method, "train", ["--resume", str(tmp_path / "last.ckpt")])
+    assert parse(method, "train", ["--small", "--resume", str(tmp_path / "last.ckpt")]).flags.resume
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,13 @@ def test_cut_safetensors_say_how_much_is_missing(tmp_path):
         load_weights(tmp_path / "w.safetensors")
 
 
+def test_damaged_weights_of_ours_are_not_to_be_converted(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError) as caught:
+        load_weights(tmp_path / "w.safetensors", package="sipmask")
+    assert caught.value.fix == "download the file itself"
+
+
 def test_missing_file_lists_what_lies_beside_it(tmp_path):
     (tmp_path / "best.safetensors").touch()
     with pytest.raises(WeightsError, match=r"beside it: best\.safetensors"):

@@ -83,8 +83,9 @@ def test_sessions_choose_tables(toy):
 
 
 def test_package_that_is_not_there_is_named():
-    with pytest.raises(UsageError, match="'no_such_paper' is not installed"):
+    with pytest.raises(UsageError, match="'no_such_paper' is not installed") as caught:
         methods_of(["no_such_paper"])
+    assert caught.value.fix.startswith("installed are: ")
 
 
 def test_cited_rows_and_rows_without_their_weights_are_no_entries(toy, coco, tmp_path, rows):

@@ -41,7 +41,7 @@ def prepare(model: "nn.Module", train_set: Any) -> None:
 
 
 def fit_encoding(words: list[str]) -> int:
-    """The verb of that name with the words after it; returns the exit code."""
+    """Fits the mask encoding on annotations alone and says how well it brings masks back."""
     from meinst.fit_encoding import run
 
     return run(words)

@@ -34,6 +34,7 @@ def infer_config(state: "dict[str, Tensor]") -> RDSNetConfig:
 
 
 def train_mbrm(words: list[str]) -> int:
+    """Trains MBRM, which refines boxes by masks, after the network; everything else stays."""
     from rdsnet.train_mbrm import run
 
     return run(words)

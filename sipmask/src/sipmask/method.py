@@ -39,14 +39,14 @@ def is_video(config: SipMaskConfig) -> bool:
 
 
 def to_video(words: list[str]) -> int:
-    """Runs the verb `to_video` with the words after it; returns the exit code."""
+    """A video model that starts from an image model, to be trained."""
     from sipmask.to_video import run
 
     return run(words)
 
 
 def track(words: list[str]) -> int:
-    """Runs the verb `track` with the words after it; returns the exit code."""
+    """Follows objects through a video, a folder of frames or a camera."""
     from sipmask.track import run
 
     return run(words)

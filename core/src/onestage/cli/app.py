@@ -130,8 +130,8 @@ def config_record(method: Method, call: Call) -> dict[str, Any]:
 
 def _overview(method: Method) -> str:
     lines = [f"{method.title}", "", f"usage: python -m {method.name} VERB [FLAGS]", ""]
-    lines += [f"  {name:10} {(kind.__doc__ or '').strip()}" for name, kind in VERBS.items()]
-    lines += [f"  {name}" for name in method.extra_verbs]
+    for name, verb in {**VERBS, **method.extra_verbs}.items():
+        lines.append(f"  {name:12} {(verb.__doc__ or '').strip().partition(chr(10))[0]}")
     return "\n".join([*lines, "", f"Flags of a verb: python -m {method.name}.train --help"])
 
 
@@ -195,6 +195,8 @@ def _machine_error(error: Exception) -> UserError | None:
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return MachineError(f"{name} cannot be opened: {error.strerror}", "change its permissions, or name another")
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return UsageError(f"{name} cannot be opened: {error.strerror}", "name another path")
         return None
     if "operator torchvision::nms does not exist" in text:
         from importlib.metadata import version

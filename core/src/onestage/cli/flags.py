@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from difflib import SequenceMatcher
@@ -232,12 +233,17 @@ WITH_OPTIM = ("demo", "train")  # verbs with --optim.*
 PER_CALL = {"json", "quiet", "verbose", "output", "overwrite", "config", "print_config", "dry_run", "resume", "replay"}
 IN_TRAINING = {"epochs", "steps", "batch_size", "ema", "grad_clip", "drop_empty"}
 IN_CONFIG = {"model", "optim", "variant", "small", "backbone", "size", "schedule", "score_thr"}
-# What a number may be, wherever a verb has a flag of that name.
+# What a number may be, wherever a verb or a config has a flag of that name.
 RANGES = dict.fromkeys(("accumulate", "batch", "batch_size", "image_size", "iters", "limit"), (1, math.inf))
 RANGES |= dict.fromkeys(("log_every", "max_dets", "max_pixels", "overfit", "stride"), (1, math.inf))
-RANGES |= dict.fromkeys(("eval_every", "save_every", "warmup", "workers"), (0, math.inf))
+RANGES |= dict.fromkeys(("grid", "length", "max_detections", "num_classes", "pad_multiple", "test_size"), (1, math.inf))
+RANGES |= dict.fromkeys(("eval_every", "save_every", "warmup", "warmup_steps", "workers"), (0, math.inf))
+RANGES |= dict.fromkeys(("clip_norm", "grad_clip", "lr", "weight_decay"), (0, math.inf))
+RANGES |= dict.fromkeys(("ema", "momentum", "score_thr", "score_threshold"), (0, 1))
 RANGES |= dict.fromkeys(("per_category", "pictures", "top"), (0, math.inf))
+RANGES["frozen_stages"] = (0, 5)
 RANGES["seed"] = (0, 2**63 - 1)  # torch's and NumPy's generators take these
+LIKE = 0.6  # how much of an unknown flag has to be in the nearest one for that to be proposed
 
 
 @dataclass(frozen=True)
@@ -372,7 +378,14 @@ def _config_of_resumed(method: Method, argv: list[str]) -> str | None:
     from onestage.cli.runs import checkpoint_to_resume
 
     output = _peek(argv, "--output")
-    return str(checkpoint_to_resume(method.name, resume, Path(output) if output else None).parent / "config.json")
+    checkpoint = checkpoint_to_resume(method.name, resume, Path(output) if output else None)
+    settings = checkpoint.with_name("config.json")
+    if not settings.is_file():
+        raise UsageError(
+            f"checkpoint '{checkpoint}' has no config.json beside it",
+            "put that of its run there, or repeat the flags of its training, --variant among them",
+        )
+    return str(settings)
 
 
 def _with_model(flags: Any, verb: str, method: Method, base: Any) -> Any:
@@ -425,13 +438,18 @@ def _read(defaults: Any, argv: list[str], program: str) -> tuple[Any, frozenset[
     return flags, given
 
 
-def _check_ranges(flags: Any) -> None:
-    for name, (least, most) in RANGES.items():
-        values = getattr(flags, name, None)
+def _check_ranges(flags: Any, group: str = "") -> None:
+    for entry in fields(flags):
+        values, name = getattr(flags, entry.name), f"{group}{entry.name}".replace("_", "-")
+        if is_dataclass(values):
+            _check_ranges(values, f"{name}.")
+        if entry.name not in RANGES:
+            continue
+        least, most = RANGES[entry.name]
         for value in values if isinstance(values, tuple) else (values,):
-            if value is not None and not least <= value <= most:
-                limit = f"at least {least}" if most == math.inf else f"a whole number from {least} to {most}"
-                raise UsageError(f"--{name.replace('_', '-')} is {value}", f"give {limit}")
+            if isinstance(value, int | float) and not least <= value <= most:
+                limit = f"at least {least}" if most == math.inf else f"a number from {least} to {most}"
+                raise UsageError(f"--{name} is {value}", f"give {limit}")
 
 
 def _run_tyro(kind: type, defaults: Any, argv: list[str], program: str) -> Any:
@@ -462,6 +480,9 @@ def _plain_message(box: str) -> str:
             break
         sentence.append(line)
     text = " ".join(sentence).removeprefix("Error parsing ").strip()
+    misread = re.fullmatch(r"(.*): no type matching (?:\{None\}\|)?(.*) could be .* from \['(.*?)'\].*", text)
+    if misread is not None:  # what it tried, type by type, is of no use
+        return "{0} is '{2}'; expected {1}".format(*misread.groups())
     return text[:1].lower() + text[1:].rstrip(".")
 
 
@@ -471,27 +492,31 @@ def _given(argv: Sequence[str], known: dict[str, str], program: str) -> list[str
     for word in argv:
         if word == "--":
             break
-        if not word.startswith("--"):
+        if not word.startswith("--") and not re.match(r"-[a-z]\w", word):  # -data, but neither -q nor -1
             continue
         name = word.split("=", 1)[0].replace("_", "-")
         if name not in known:
             nearest = max(known, key=lambda flag: _likeness(name, flag))
+            if _likeness(name, nearest) < LIKE:
+                raise UsageError(f"unknown flag '{name}'", f"{program} --help lists every flag")
             raise UsageError(f"unknown flag '{name}'; nearest: '{nearest}'", f"use {nearest}, or see: {program} --help")
         given.append(known[name])
     return given
 
 
 def _likeness(name: str, flag: str) -> float:
-    last = flag.removeprefix("--").rpartition(".")[2]
-    whole = SequenceMatcher(None, name, flag).ratio()
-    return max(whole, SequenceMatcher(None, name.removeprefix("--"), last).ratio() - 0.01)
+    name, flag = name.lstrip("-"), flag.lstrip("-")
+    last = flag.rpartition(".")[2]
+    return max(SequenceMatcher(None, name, flag).ratio(), SequenceMatcher(None, name, last).ratio() - 0.01)
 
 
 def _flag_names(kind: type, prefix: str = "") -> list[tuple[str, str]]:
     """(flag, dotted field name) of everything tyro makes of the dataclass."""
     names = [("--help", "help")] if not prefix else []
-    hints = get_type_hints(kind, include_extras=False)
+    hints, marked = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for entry in fields(kind):
+        if Positional in getattr(marked[entry.name], "__metadata__", ()):
+            continue  # an argument without a flag
         hint, flag = hints[entry.name], entry.name.rstrip("_").replace("_", "-")
         if is_dataclass(hint):
             if not (prefix and entry.name == "schedule"):

@@ -276,7 +276,8 @@ def _sniff(path: Path, package: str | None) -> Literal["safetensors", "torch", "
         )
     if path.is_dir():
         raise WeightsError(f"weights '{path}' are a folder", f"name the file in it{_beside(path / 'x')}")
-    convert = f", then: python -m {package}.convert --from {path} --to {path.stem}.safetensors" if package else ""
+    foreign = package is not None and path.suffix not in (".safetensors", ".ckpt")  # ours are not converted
+    convert = f", then: python -m {package}.convert --from {path} --to {path.stem}.safetensors" if foreign else ""
     again = f"download the file itself{convert}"
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,7 +182,10 @@ def methods_of(packages: Sequence[str]) -> list[Method]:
         except ModuleNotFoundError as error:
             if error.name not in (package, f"{package}.method"):
                 raise
-            raise UsageError(f"package '{package}' is not installed", f"python -m pip install ./{package}") from error
+            installed = ", ".join(sorted(entry_points(group="onestage.methods").names)) or "none"
+            raise UsageError(
+                f"package '{package}' is not installed", f"installed are: {installed}; others by pip from the checkout"
+            ) from error
         methods.append(method)
     return methods
 
