@@ -118,6 +118,20 @@ def test_an_interrupted_run_is_saved_and_says_how_to_go_on(call, shapes, monkeyp
     assert not Path("out/error.json").exists()
 
 
+def test_an_interrupted_demo_does_not_promise_to_go_on(call, here, monkeypatch):
+    from onestage.cli import train as verb
+    from onestage.engine.train import Interrupted
+
+    def stop(*arguments, **more):
+        raise Interrupted(2, Path("out/last.ckpt"), 3)
+
+    monkeypatch.setattr(verb, "train", stop)
+    code, _, err = call("demo", "--device", "cpu", "--output", "out", "--limit", "4")
+    assert code == 130
+    assert "a demo is not resumed: it starts anew" in err
+    assert "go on" not in err
+
+
 def test_overfit_trains_and_evaluates_on_the_same_few_images(call, shapes):
     result = train(call, "--data", "shapes", "--overfit", "2", "--output", "out")
     config = json.loads(Path("out/config.json").read_text())
@@ -409,13 +423,20 @@ def test_eval_of_weights_and_results_at_once_is_refused(call, shapes):
         ([], 2, "error: no data set: --data is not given and COCO_ROOT is not set"),
         (["--data", "shapes", "--device", "tpu9"], 2, "error: device 'tpu9' is unknown"),
         (["--data", "shapes", "--weights", "page.pth"], 4, "error: weights 'page.pth' is an HTML page"),
+        (
+            ["--data", "shapes", "--weights", "a", "--weights-backbone", "b"],
+            2,
+            "error: --weights and --weights-backbone",
+        ),
+        (["--data", "shapes", "--head", "reinit"], 2, "error: --head reinit is for --weights, and none are given"),
+        (["--data", "shapes", "--model.num-classes", "80"], 2, "error: --model.num-classes is 80, the data set has 3"),
     ],
 )
 def test_what_a_newcomer_gets_wrong_has_its_exit_code(call, shapes, monkeypatch, words, code, start):
     monkeypatch.delenv("COCO_ROOT", raising=False)
     Path("page.pth").write_text("<!doctype html><html>please log in</html>")
     got, _, err = call("train", "--small", *words)
-    assert (got, err[: len(start)]) == (code, start)
+    assert (got, f"\n{start}" in f"\n{err}") == (code, True), err
 
 
 def test_broken_annotations_are_told_in_two_lines(call, shapes):
@@ -424,6 +445,23 @@ def test_broken_annotations_are_told_in_two_lines(call, shapes):
     assert code == 3
     assert err.startswith("error: ")
     assert "\n  fix: " in err
+
+
+def test_a_training_set_without_objects_teaches_nothing(call, shapes):
+    file = shapes / "annotations" / "instances_train.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    code, _, err = call("train", "--small", "--device", "cpu", "--data", "shapes")
+    assert code == 3
+    assert f"error: dataset '{file.relative_to(shapes.parent)}' has no objects to learn from\n" in err
+
+
+def test_a_validation_set_without_objects_has_no_ap_and_leaves_the_last_weights(call, shapes):
+    file = shapes / "annotations" / "instances_val.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    code, _, err = call("train --small --device cpu --data shapes --epochs 2 --batch-size 4 --output out")
+    assert code == 0, err
+    assert "step 2: bbox/AP -, segm/AP -, segm/AP50 -\n" in err
+    assert "best weights (step 4)" in err
 
 
 def test_demo_leaves_a_page_weights_and_commands(call, here):

@@ -38,6 +38,10 @@ def open_split(
     )
     if len(dataset) == 0:
         raise DatasetError(f"dataset '{found.json}' has no images to use", "check its images and --drop-empty")
+    if schedule is not None and not any(map(dataset.num_instances, range(len(dataset)))):
+        raise DatasetError(
+            f"dataset '{found.json}' has no objects to learn from", "check its annotations; crowd regions do not count"
+        )
     logger.info(
         "%s data: %s, layout %s, %d images, %d categories",
         split,

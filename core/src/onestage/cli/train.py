@@ -23,8 +23,8 @@ from onestage.data.ytvis import FramePairs
 from onestage.engine import distributed
 from onestage.engine.checkpoint import WeightsInfo, load_checkpoint, load_into, load_weights
 from onestage.engine.evaluate import evaluate, evaluate_videos
-from onestage.engine.train import Interrupted, TrainOptions, TrainResult, train
-from onestage.errors import DatasetError, MachineError, some
+from onestage.engine.train import Interrupted, TrainOptions, TrainResult, fraction, train
+from onestage.errors import DatasetError, MachineError, UsageError, some
 from onestage.method import Method
 from onestage.nn.imagenet import load_imagenet
 
@@ -75,8 +75,11 @@ def train_in(
         return train(model, config, train_set, val_set, options, run.folder, **settings)
     except Interrupted as stopped:
         logger.info("%s", stopped)
-        again = f"train --resume {shlex.quote(str(stopped.checkpoint))}" if call.verb == "train" else call.verb
-        logger.info("go on with: %s -m %s.%s", launcher(), method.name, again)
+        if call.verb == "train":
+            go_on = f"{method.name}.train --resume {shlex.quote(str(stopped.checkpoint))}"
+            logger.info("go on with: %s -m %s", launcher(), go_on)
+        else:
+            logger.info("a %s is not resumed: it starts anew", call.verb)
         raise SystemExit(stopped.exit_code) from stopped
 
 
@@ -99,10 +102,19 @@ def _train(method: Method, call: Call) -> dict[str, Any]:
     if checkpoint is not None:  # its tensors are the engine's to read; what the run started from is not needed
         info = WeightsInfo.from_json(load_checkpoint(checkpoint)["info"])
     elif flags.weights is not None:
+        if flags.weights_backbone is not None:
+            raise UsageError("--weights and --weights-backbone are both given", "weights hold the trunk too: drop one")
         state, info = load_weights(flags.weights, package=method.name)
+    elif flags.head == "reinit":
+        raise UsageError("--head reinit is for --weights, and none are given", "add --weights FILE, or leave it away")
     config = _config(method, call, info, str(checkpoint or flags.weights))
     train_set, val_set = _data(method, call, config)
-    config = replace(config, num_classes=len(train_set.categories))
+    count = len(train_set.categories)
+    if "model.num_classes" in call.given and call.config.num_classes != count:
+        raise UsageError(
+            f"--model.num-classes is {call.config.num_classes}, the data set has {count} categories", "leave it away"
+        )
+    config = replace(config, num_classes=count)
     if flags.overfit is not None:
         config = _by_heart(config, flags)
 
@@ -260,7 +272,7 @@ def _say_what_next(method: Method, flags: Any, config: Any, result: TrainResult)
     )
     for name in ("bbox/AP", "segm/AP"):
         if name in result.best_metrics:
-            logger.info("  %s %.3f", name, result.best_metrics[name])
+            logger.info("  %s %s", name, fraction(result.best_metrics[name]))
     logger.info("next:")
     if flags.data is not None:
         logger.info(

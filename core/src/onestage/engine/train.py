@@ -46,6 +46,7 @@ from onestage.structures import Target
 
 LOG = logging.getLogger("onestage")
 MAX_SKIPPED = 10  # steps in a row that `nan_policy` "skip" leaves out
+HEADLINE = ("bbox/AP", "segm/AP", "segm/AP50")  # metrics that are said after each evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,10 +415,11 @@ class _Run:
             if metric not in state.metrics:
                 raise UsageError(f"metric '{self.options.metric}' is unknown", f"use one of {', '.join(state.metrics)}")
             value = state.metrics[metric]
-            say(f"step {state.step}: " + ", ".join(f"{name} {state.metrics[name]:.3f}" for name in _headline(state)))
+            numbers = [f"{name} {fraction(state.metrics[name])}" for name in HEADLINE if name in state.metrics]
+            say(f"step {state.step}: {', '.join(numbers)}")
             if distributed.rank_zero():
                 write_atomically(self.folder / "results.json", json.dumps(results).encode())
-        if self.val_set is None or value > state.best_value or state.best_step == 0:
+        if not value < state.best_value:  # of equal ones the later, which has learned more
             state.best_value, state.best_step, state.best_metrics = value, state.step, state.metrics
             if distributed.rank_zero():
                 info = replace(self.info, steps=state.step, metrics=state.metrics)
@@ -740,8 +742,9 @@ def _ema(decay: float) -> Callable[..., None]:
     return update
 
 
-def _headline(state: _State) -> list[str]:
-    return [name for name in ("bbox/AP", "segm/AP", "segm/AP50") if name in state.metrics]
+def fraction(value: float) -> str:
+    """A metric as people read it; a dash where there was nothing to find, which pycocotools counts as -1."""
+    return f"{value:.3f}" if value >= 0 else "-"
 
 
 def _device_name(device: torch.device) -> str:
