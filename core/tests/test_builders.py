@@ -1,6 +1,6 @@
 """Building a model the way torchvision does."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 from torch import nn
@@ -9,7 +9,8 @@ from torchvision.models import ResNet18_Weights
 from onestage import builders
 from onestage.builders import build_model, named_model
 from onestage.config import BackboneConfig
-from onestage.errors import UsageError
+from onestage.engine.checkpoint import WeightsInfo, save_weights
+from onestage.errors import UsageError, WeightsError
 from onestage.method import Method
 from onestage.nn.resnet import build_backbone
 
@@ -68,3 +69,13 @@ def test_a_mistyped_head_and_no_classes_are_refused():
         build_model(METHOD, ToyConfig(), head="renit")
     with pytest.raises(UsageError, match="num_classes is 0"):
         build_model(METHOD, ToyConfig(), num_classes=0)
+
+
+def test_weights_of_another_number_of_categories_say_how_to_start_a_new_head(tmp_path):
+    info = WeightsInfo(package="onestage", variant="toy", config=asdict(ToyConfig(num_classes=3)), categories=[])
+    save_weights(tmp_path / "w.safetensors", Toy(ToyConfig()).state_dict(), info)
+    with pytest.raises(WeightsError, match="know 3 categories, num_classes is 5") as caught:
+        named_model(METHOD, "toy", weights=tmp_path / "w.safetensors", num_classes=5)
+    assert 'head="reinit"' in caught.value.fix
+    reinit = named_model(METHOD, "toy", weights=tmp_path / "w.safetensors", num_classes=5, head="reinit")
+    assert reinit.config.num_classes == 5

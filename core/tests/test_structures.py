@@ -100,6 +100,8 @@ def test_no_instances_are_legal():
         ({"labels": torch.tensor([3])}, "1-based"),
         ({"labels": torch.tensor([7])}, r"label 7 is outside 0\.\.2"),
         ({"labels": torch.tensor([-1])}, "outside"),
+        ({"labels": [-1, 2], "boxes": BOX * 2, "masks": torch.ones(2, 8, 8)}, "label -1 is outside"),
+        ({"masks": torch.ones(1, 6, 8)}, r"masks are \(1, 6, 8\), the image is \(8, 8\)"),
         ({"labels": torch.tensor([0, 1])}, "1 boxes, 2 labels"),
         ({"boxes": torch.tensor([[5.0, 2.0, 1.0, 6.0]])}, "x2 < x1"),
         ({"boxes": torch.tensor([[float("nan"), 2.0, 1.0, 6.0]])}, "not finite"),
@@ -166,6 +168,11 @@ def test_a_dense_tensor_over_budget_is_refused_with_a_way_out(monkeypatch):
 def test_training_without_targets_says_what_is_missing():
     with pytest.raises(UsageError, match="training needs targets"):
         training_targets(None, [torch.zeros(3, 4, 4)], 2)
+
+
+def test_each_image_has_a_target():
+    with pytest.raises(UsageError, match="2 images and 1 targets"):
+        training_targets([_dict()], [torch.zeros(3, 8, 8)] * 2, 3)
 
 
 def _pair(**changes):

@@ -101,6 +101,12 @@ def test_an_image_of_another_shape_is_refused():
         prepare_batch([torch.zeros(64, 96, 3)], None, FIXED, training=False)
 
 
+@pytest.mark.parametrize(("images", "message"), [([], "no images"), (["photo.jpg"], "an image is a str, not a tensor")])
+def test_what_is_no_image_is_refused(images, message):
+    with pytest.raises(UsageError, match=message):
+        prepare_batch(images, None, InputConfig(), training=False)
+
+
 def test_a_reference_frame_is_resized_like_its_image():
     images = [torch.randint(0, 256, (3, 60, 100), dtype=torch.uint8) for _ in range(2)]
     targets = [

@@ -11,7 +11,7 @@ from torchvision.models import WeightsEnum
 
 from onestage.config import config_from_dict, require_known
 from onestage.engine.checkpoint import load_into, load_weights
-from onestage.errors import UsageError
+from onestage.errors import UsageError, WeightsError
 from onestage.method import Method
 from onestage.nn.imagenet import load_imagenet
 from onestage.nn.resnet import ResNet
@@ -58,6 +58,11 @@ def build_model(
     if weights is not None:
         state, info = load_weights(weights, package=method.name)
         config = config_from_dict(method.config_type, info.config)
+        if num_classes not in (None, config.num_classes) and head == "match":
+            raise WeightsError(
+                f"weights '{weights}' know {config.num_classes} categories, num_classes is {num_classes}",
+                'pass head="reinit" to keep the trunk and start a new head, or leave num_classes away',
+            )
     if num_classes is not None:
         overrides["num_classes"] = num_classes
     if trainable_backbone_layers is not None:

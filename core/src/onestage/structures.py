@@ -148,9 +148,10 @@ class Target:
                 "give one of each per instance",
             )
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-            one_based = int(labels.min()) >= 1 and int(labels.max()) == num_classes
+            least, most = int(labels.min()), int(labels.max())
+            one_based = least >= 1 and most == num_classes
             raise UsageError(
-                f"label {int(labels.max())} is outside 0..{num_classes - 1}"
+                f"label {least if least < 0 else most} is outside 0..{num_classes - 1}"
                 + ("; labels look 1-based" if one_based else ""),
                 "subtract 1 from every label" if one_based else f"use labels 0..{num_classes - 1} or raise num_classes",
             )
@@ -222,6 +223,8 @@ def training_targets(
     """
     if targets is None:
         raise UsageError("training needs targets", "call model(images, targets), or model.eval() first")
+    if len(targets) != len(images):
+        raise UsageError(f"there are {len(images)} images and {len(targets)} targets", "give one target per image")
     return [
         usable(
             t if isinstance(t, Target) else Target.from_dict(t, (image.shape[1], image.shape[2]), num_classes), crowds

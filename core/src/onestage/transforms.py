@@ -57,8 +57,10 @@ def prepare_batch(
             as in code whose widths are x2 - x1 + 1.
 
     Raises:
-        UsageError: an image is not [3, h, w] uint8 or float.
+        UsageError: no image, or one that is not [3, h, w] uint8 or float.
     """
+    if not images:
+        raise UsageError("no images", "give at least one")
     resized, frames = [], []
     for image in images:
         _check_image(image)
@@ -151,6 +153,11 @@ def _on_canvas(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise UsageError(
+            f"an image is a {type(image).__name__}, not a tensor",
+            "give [3, height, width]; a Predictor takes files too",
+        )
     if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
         raise UsageError(
             f"image is {tuple(image.shape)} {image.dtype}", "give [3, height, width] RGB, uint8 or float in 0..1"
