@@ -27,7 +27,7 @@ from onestage.data.frames import VideoWriter, open_source
 from onestage.engine.predict import Predictor
 from onestage.tables.record import write_record
 from sipmask.config import PUBLISHED_ASSOCIATION, VIDEO, VIDEO_SMALL, SipMaskConfig
-from sipmask.follow import TrackFiles, follow
+from sipmask.following import TrackFiles, follow
 from sipmask.method import METHOD
 
 RESULTS = Path(__file__).parent / "results"

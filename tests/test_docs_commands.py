@@ -1,5 +1,6 @@
 """Every command and every link in the documentation works."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -66,6 +67,17 @@ def test_command_exists_and_knows_its_flags(document, command):
         assert words[:3] == ["python", "-m", "venv"], f"this test does not know {command!r}"
 
 
+def test_what_documents_import_and_packages_offer_is_no_module_of_that_name():
+    blocks = [block for document in DOCUMENTS for block in python_blocks(document)]
+    lines = {ast.unparse(node) for block in blocks for node in ast.walk(ast.parse(block)) if is_of_ours(node)}
+    assert "from sipmask import follow" in lines
+    lines |= {f"from {package} import *" for package in PACKAGES if package != "core"}
+    code = "\n".join([*sorted(lines), "print([x for x in list(globals()) if type(globals()[x]).__name__ == 'module'])"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['__builtins__']\n"
+
+
 @pytest.mark.parametrize("paper", [package for package in PACKAGES if package != "core"])
 def test_each_paper_has_a_page_that_says_what_it_is_what_differs_and_how_to_train(paper):
     text = (ROOT / "docs" / "methods" / f"{paper}.md").read_text(encoding="utf-8")
@@ -84,6 +96,15 @@ def test_each_paper_has_a_page_that_says_what_it_is_what_differs_and_how_to_trai
 def test_relative_links_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", document.read_text(encoding="utf-8")):
         assert (document.parent / link).exists(), link
+
+
+def python_blocks(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def is_of_ours(node: ast.AST) -> bool:
+    """Whether it is `from ... import` of a package of this repository."""
+    return isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in (*PACKAGES, "onestage")
 
 
 def check_verb(module: str, arguments: list[str]) -> None:

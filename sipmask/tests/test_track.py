@@ -24,7 +24,7 @@ from onestage.engine.ytvis_eval import check_video_results
 from onestage.errors import DatasetError, MachineError, UsageError
 from onestage.masks import Masks
 from sipmask.config import SMALL, VIDEO_SMALL
-from sipmask.follow import TrackFiles, follow
+from sipmask.following import TrackFiles, follow
 from sipmask.method import METHOD
 
 NUM_FRAMES, SIZE = 5, 64
@@ -275,7 +275,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, weights):
 def test_tracks_on_disk_are_those_in_memory_whatever_their_order(tmp_path):
     from onestage.engine.predict import Result
     from onestage.structures import Detections
-    from sipmask.follow import TrackedFrame
+    from sipmask.following import TrackedFrame
 
     files = TrackFiles(tmp_path, CATEGORIES)
     for number, (ids, labels) in enumerate((([4, 1], [2, 0]), ([], []), ([1], [1]), ([1, 4], [1, 2]))):

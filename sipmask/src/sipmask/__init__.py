@@ -14,7 +14,7 @@ _EXPORTS = {
     "sipmask_resnet101_fpn": "sipmask.builders",
     "get_model": "sipmask.builders",
     "list_models": "sipmask.builders",
-    "follow": "sipmask.follow",
+    "follow": "sipmask.following",
 }
 __all__ = list(_EXPORTS)
 

@@ -107,7 +107,7 @@ def _track(source: FrameSource, predictor: Predictor, flags: Track, folder: Path
     """Follows to the end, or until told to stop; what was found until then is complete on disk either way."""
     from onestage.data.frames import DrawnFrames
     from onestage.engine.signals import Signals
-    from sipmask.follow import TrackFiles, follow
+    from sipmask.following import TrackFiles, follow
 
     files = TrackFiles(folder, predictor.categories)
     pictures = None
