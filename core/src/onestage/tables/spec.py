@@ -13,14 +13,6 @@ from onestage.config import with_field
 
 # Columns that every evaluation fills: fractions inside the program, percent in print.
 KINDS = {"bbox": "box", "segm": "mask", "vis": "video"}
-# Columns that are measured beside it.
-EXTRA_COLUMNS = {
-    "fps": "images/s",
-    "params": "parameters, M",
-    "memory": "training memory, GB",
-    "hours": "training, h",
-    "error": "error, %",
-}
 # What the small profile takes from the method's demo: sizes, trunk and recipe. Everything else is a row's switch.
 OF_THE_DEMO = {"num_classes", "width", "tower_depth", "backbone", "input", "schedule"}
 SWITCHES_OF_TRUNK = ("deformable_stages", "deformable_interval", "modulated")
@@ -96,7 +88,8 @@ class Table:
         number: As in "4", "2a", "figure5"; Roman numerals become digits.
         caption: What it shows, in a few words.
         columns: Column to heading, in print order. `segm/AP`, `bbox/AP50`, `bbox/AR100`, `vis/AR10`: measured by
-            evaluation; the keys of EXTRA_COLUMNS: measured beside it; others: the paper's alone, or a row's `measure`.
+            evaluation; `fps`, `params` (M), `memory` (of training, GB), `hours` (of training), `error` (%): measured
+            beside it; others: the paper's alone, or a row's `measure`.
         rows: In print order.
         split: Data the paper evaluates on, "val2017".
         claims: Directions to check.

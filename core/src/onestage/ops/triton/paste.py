@@ -23,8 +23,8 @@ from onestage.ops.triton.plan import (
     no_ends,
     on_its_gpu,
     store_ends,
+    tile_in_window,
     tile_programs,
-    window_of_tile,
 )
 
 
@@ -148,11 +148,7 @@ def _tile_kernel(
     total = tl.load(ends_ptr + N - 1)
     tile = tl.program_id(0).to(tl.int64)
     while tile < total:
-        n, local = window_of_tile(ends_ptr, N, tile)
-        x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
-        y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
-        x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
-        y1 = tl.load(windows_ptr + n * 4 + 3).to(tl.int32)
+        n, local, x0, y0, x1, y1 = tile_in_window(windows_ptr, ends_ptr, N, tile)
         words_per_column = tl.cdiv(y1 - y0, TILE_ROWS)
         word = local % words_per_column
         top = y0 + word * TILE_ROWS

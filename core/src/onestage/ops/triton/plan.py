@@ -123,6 +123,17 @@ def window_of_tile(ends_ptr, N, tile):
     return n, (tile - before).to(tl.int32)
 
 
+@triton.jit
+def tile_in_window(windows_ptr, ends_ptr, N, tile):
+    """The window that `tile` belongs to, the number of the tile in it, and where the window lies."""
+    n, local = window_of_tile(ends_ptr, N, tile)
+    x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
+    y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
+    x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
+    y1 = tl.load(windows_ptr + n * 4 + 3).to(tl.int32)
+    return n, local, x0, y0, x1, y1
+
+
 def compile_cases() -> list[KernelCase]:
     """What the compile check compiles."""
     arguments = {
