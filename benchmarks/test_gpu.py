@@ -30,10 +30,10 @@ def test_without_a_gpu_it_says_so_in_a_line_and_leaves_with_the_code_of_machines
     assert not (tmp_path / "records").exists()
 
 
-@pytest.mark.parametrize("part", [1, 2])
-def test_both_parts_take_less_than_a_session_has_and_say_what_is_missing(gpu, part, monkeypatch, capsys):
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_two_parts_take_less_than_a_session_has_and_say_what_is_missing(gpu, part, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", str(part), "--plan"])
-    monkeypatch.setattr(gpu, "OF_TESTS", ("no_such_module",))
+    monkeypatch.setitem(gpu.REQUIRED_FOR, part, ("no_such_module",))
     assert gpu.main() == 0
     *steps, last = capsys.readouterr().out.splitlines()
     assert len(steps) == len(gpu.PARTS[part])
@@ -59,12 +59,27 @@ def test_every_step_reads_files_and_flags_that_exist(gpu, monkeypatch):
             files = [word for word in step.command if word.endswith(".py") or "/" in word]
             if step.name == "tests":
                 assert step.command[step.command.index("not slow") - 1] == "-m"
-            assert files
+            assert files or "onestage.tables" in step.command
             assert all((gpu.ROOT / file).exists() for file in files)
-    _, eager, graph, training = (step.command[1:] for part in gpu.PARTS.values() for step in part if step.takes_output)
+    eager, graph, training = (step.command[1:] for step in gpu.PARTS[2])
     assert images.read_flags([*eager, "--output", ""]).mode == "eager"
     assert images.read_flags(graph).precision == "bf16"
     assert training_steps.read_flags(training).models == training_steps.MODELS
+
+
+def test_the_ablations_are_tables_that_are_there(gpu, tmp_path, capsys):
+    from onestage.cli.tables import main
+
+    for step in gpu.PARTS[3]:
+        assert step.command[:2] == ("-m", "onestage.tables")
+        assert main([*step.command[2:], "--output", str(tmp_path), "--dry-run"]) == 0
+        trainings = capsys.readouterr().out.splitlines()
+        # Three seeds of every table, in this order: a first seed of all rows is worth more than three of some.
+        seeds = [line.rpartition(", seed ")[2] if ", seed " in line else "0" for line in trainings]
+        assert seeds == sorted(seeds)
+        assert len(set(seeds)) == 3
+        numbers = [word.removeprefix("table") for word in step.command if word.startswith("table")]
+        assert all(any(f"Table {number}" in line for line in trainings) for number in numbers)
 
 
 def test_a_step_that_takes_too_long_is_ended_and_its_log_kept(gpu, tmp_path, capsys):
