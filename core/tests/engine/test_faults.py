@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 
 import pytest
 import torch
@@ -264,6 +265,21 @@ def test_a_flipped_bit_is_noticed_wherever_it_matters(whole, tmp_path, name):
         except WeightsError:
             noticed += 1
     assert noticed > len(positions) / 2  # the rest is padding and what nobody reads
+
+
+def test_flipped_bits_in_the_directory_of_a_checkpoint_are_noticed(whole):
+    """torch reads numbers that are marked as a folder from memory that nobody has written."""
+    path = whole / "last.ckpt"
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        first = data.index(b"PK\x01\x02")
+        entry = data.index(next(name for name in archive.namelist() if "/data/" in name).encode(), first) - 46
+    for position, bit in ((entry + 38, 0x10), (len(data) - 38, 1)):  # attributes; the number of the disk
+        flipped = bytearray(data)
+        flipped[position] ^= bit
+        path.write_bytes(flipped)
+        with pytest.raises(WeightsError, match="are damaged"):
+            load_checkpoint(path)
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(whole):

@@ -32,6 +32,7 @@ FORMATS = {"training": "onestage-training-1", "crash": "onestage-crash-2"}
 DECODE = "decode.safetensors"  # of an exported model
 METADATA_KEY = "onestage"
 SUM_KEY = "onestage-crc32"
+FOLDER = 0x10  # attribute of an entry in an archive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,9 +294,9 @@ def _sniff(path: Path, package: str | None) -> Literal["safetensors", "torch", "
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"weights '{path}' is a git-lfs pointer, not the file it stands for", "run: git lfs pull")
     if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):  # its directory stands at the end
-            raise _cut_short(path, size, again)
         try:
+            if not zipfile.is_zipfile(path):  # its directory stands at the end
+                raise _cut_short(path, size, again)
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
@@ -365,8 +366,10 @@ def _check_archive(path: Path, kind: str) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-            damaged = packed[0] if packed else archive.testzip()  # torch packs nothing
+            # torch packs nothing, and takes numbers that are marked as a folder for anything that is in memory.
+            entries = archive.infolist()
+            odd = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED or e.external_attr & FOLDER]
+            damaged = odd[0] if odd else archive.testzip()
     except UNPICKLING_ERRORS + (OSError, NotImplementedError, zlib.error) as error:
         raise WeightsError(f"weights '{path}' are damaged ({error})", "copy or save the file again") from error
     if damaged is not None:

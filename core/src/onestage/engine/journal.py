@@ -27,7 +27,9 @@ class Journal:
         if writes:
             if keep and self.lines.exists():
                 self.rows = read_rows(self.lines)[:keep]
-            write_atomically(self.lines, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+                write_atomically(self.lines, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+            else:
+                self.lines.write_text("")
             self._write_table()
 
     def add(self, row: dict[str, Any]) -> None:

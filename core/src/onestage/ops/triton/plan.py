@@ -124,14 +124,15 @@ def window_of_tile(ends_ptr, N, tile):
 
 
 @triton.jit
-def tile_in_window(windows_ptr, ends_ptr, N, tile):
-    """The window that `tile` belongs to, the number of the tile in it, and where the window lies."""
+def tile_in_window(windows_ptr, ends_ptr, N, tile, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """The window that `tile` belongs to, where it lies, its words in a column, and the tile's word and first column."""
     n, local = window_of_tile(ends_ptr, N, tile)
     x0 = tl.load(windows_ptr + n * 4).to(tl.int32)
     y0 = tl.load(windows_ptr + n * 4 + 1).to(tl.int32)
     x1 = tl.load(windows_ptr + n * 4 + 2).to(tl.int32)
     y1 = tl.load(windows_ptr + n * 4 + 3).to(tl.int32)
-    return n, local, x0, y0, x1, y1
+    words_per_column = tl.cdiv(y1 - y0, TILE_ROWS)
+    return n, x0, y0, x1, y1, words_per_column, local % words_per_column, local // words_per_column * TILE_COLUMNS
 
 
 def compile_cases() -> list[KernelCase]:
