@@ -30,6 +30,7 @@ for project in ROOT.glob("*/pyproject.toml"):
     if (project.parent / "src" / name).is_dir():
         importlib.import_module(name)
 
+torch.set_num_threads(1)  # sums have an order, and it is that of forked processes, which have one thread
 
 # Autograd looks for devices at its first backward. A fake CUDA device of another test would make it start threads, and
 # after those no process can be forked any more.
