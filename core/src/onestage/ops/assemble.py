@@ -24,9 +24,7 @@ from onestage.ops.packed import pack_windows, word_capacity
 Size = tuple[int, int]
 
 CHUNK = 1 << 17  # values of an image window resized at a time; half a megabyte stays in the cache
-
-
-CROP_RULES = ("half_open", "margin", "expand")
+CROP_RULES = ("half_open", "margin", "expand")  # which cells of a grid belong to a box
 
 
 def crop_window(

@@ -183,9 +183,8 @@ def _assemble(
     scratch = torch.empty(count, *scratch_size, dtype=torch.float32, device=device)
     num_tiles = triton.cdiv(height, BASIS_ROWS) * triton.cdiv(width, BASIS_COLUMNS)
     block = max(4, triton.next_power_of_2(depth)) if depth <= 32 else 16  # more do not fit into the registers
-    _dot_kernel[
-        (num_tiles, max(1, min(MAX_SPLITS, count, num_programs(device, 1 << 20, DOT_PROGRAMS_PER_SM) // num_tiles)))
-    ](
+    splits = max(1, min(MAX_SPLITS, count, num_programs(device, 1 << 20, DOT_PROGRAMS_PER_SM) // num_tiles))
+    _dot_kernel[(num_tiles, splits)](
         basis,
         coefficients.contiguous(),
         plan,
@@ -223,7 +222,7 @@ def _assemble(
         columns,
         shift,
         prob and upsample > 1,
-        2 if upsample == 1 else 3,
+        2 if upsample == 1 else 3,  # cells of an axis that a position reads
         TILE_ROWS,
         TILE_COLUMNS,
         num_warps=TILE_WARPS,
@@ -282,6 +281,7 @@ def _crop_kernel(
 
 @triton.jit
 def _crop_axis(box_ptr, window_ptr, padding, live, extent, SORTED: tl.constexpr, MARGIN: tl.constexpr):
+    """Writes one axis of windows: `width` or `height` is its `extent`."""
     low = tl.load(box_ptr, mask=live, other=0.0)
     high = tl.load(box_ptr + 2, mask=live, other=0.0)
     low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)  # NaN stays inside

@@ -48,10 +48,10 @@ def _dense_kernel(
     total = tl.load(ends_ptr + N - 1)
     tile = tl.program_id(0).to(tl.int64)
     while tile < total:
-        n, x0, y0, x1, y1, words_per_column, word, left = tile_in_window(
+        n, x0, y0, x1, y1, words_per_column, word, first_column = tile_in_window(
             windows_ptr, ends_ptr, N, tile, TILE_ROWS, TILE_COLUMNS
         )
-        column = left + tl.arange(0, TILE_COLUMNS)
+        column = first_column + tl.arange(0, TILE_COLUMNS)
         live = column < x1 - x0
         words_start = tl.load(ends_ptr + N + n) - (x1 - x0).to(tl.int64) * words_per_column
         packed = tl.load(words_ptr + words_start + column.to(tl.int64) * words_per_column + word, mask=live, other=0)

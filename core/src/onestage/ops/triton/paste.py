@@ -148,11 +148,11 @@ def _tile_kernel(
     total = tl.load(ends_ptr + N - 1)
     tile = tl.program_id(0).to(tl.int64)
     while tile < total:
-        n, x0, y0, x1, y1, words_per_column, word, left = tile_in_window(
+        n, x0, y0, x1, y1, words_per_column, word, first_column = tile_in_window(
             windows_ptr, ends_ptr, N, tile, TILE_ROWS, TILE_COLUMNS
         )
         top = y0 + word * TILE_ROWS
-        x = x0 + left + tl.arange(0, TILE_COLUMNS)
+        x = x0 + first_column + tl.arange(0, TILE_COLUMNS)
         live = x < x1
         column, left, right = _hat(boxes_ptr + n * 4, x, side)
         row_of_tile = tl.arange(0, TILE_ROWS)
